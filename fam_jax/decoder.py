@@ -1,0 +1,334 @@
+"""The decoder: parameters, the two schedules, and the streaming interface."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from fam_jax import state as state_lib
+from fam_jax.config import DecoderConfig
+from fam_jax.fam import FamInputs, climb
+from fam_jax.layer import layer
+from fam_jax.ops import accumulation_dtype, rms_norm
+from fam_jax.plan import Layout, Plan, make_plan
+from fam_jax.state import LayerMemory, RSPState, StreamState
+from fam_jax.sublayers import LayerParams, cast
+
+
+@struct.dataclass
+class DecoderOutput:
+    """What a call returns.
+
+    Attributes:
+        logits: Float32 (float64 if the model computes in it) [b, t, v]. Those of padding mean nothing.
+        state: To pass to the next call, which then continues exactly here.
+        rsp: The FAM to store for the next training step; None if the call was given none.
+    """
+
+    logits: Array
+    state: StreamState
+    rsp: RSPState | None
+
+
+class _Layers(NamedTuple):
+    """Everything that differs from layer to layer, stacked; `None` without a FAM."""
+
+    params: LayerParams
+    inputs: FamInputs | None
+
+
+class Decoder(nn.Module):
+    """PaLM-style decoder with full attention, BSWA or FAM.
+
+    Parameters are stacked over layers, whether layers are scanned or not and in either schedule, so checkpoints
+    are interchangeable.
+    """
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Array,
+        state: StreamState | None = None,
+        *,
+        lengths: Array | None = None,
+        reset: Array | None = None,
+        padded: Array | None = None,
+        key: Array | None = None,
+        rsp: RSPState | None = None,
+        aligned: bool = False,
+    ) -> DecoderOutput:
+        """Reads tokens and predicts the one after each.
+
+        Args:
+            tokens: Ids: int32 [b, t], any t. Check on the host that they are below `vocab_size`; on a device an
+                id outside it cannot raise.
+            state: Where an earlier call stopped. None: every row starts a document.
+            lengths: Real tokens of each row, the rest being padding on the right: int32 [b]. None: all.
+            reset: The row starts a new document at this block of the call, block 0 being its open block, whose
+                tokens a reset drops: bool [b, ceil(t / block)]. None: nowhere.
+            padded: The block ends in padding that `lengths` does not tell of, because a document ended there:
+                bool [b, ceil(t / block)]. Random State Passing does not store it.
+            key: A random key turns on the randomness of training: FAM noise, Random State Passing and Random
+                Position Offset. None: evaluation.
+            rsp: The stored state of Random State Passing.
+            aligned: The caller promises that no row has tokens in its open block, which saves the work of the
+                block that ragged offsets may need more. True anyway without a state.
+
+        Returns:
+            Logits, the new state, and the FAM to store.
+
+        Raises:
+            ValueError: An argument has a wrong type or shape, or a full-attention cache is too small. Inside
+                `jax.jit`, where the number of tokens read is not known, a row that overflows its cache
+                gets NaN logits instead.
+        """
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        params = self._params()
+        tokens, state, lengths, reset, padded, aligned = _check_call(
+            config, tokens, state, lengths, reset, padded, aligned
+        )
+        batch, time = tokens.shape
+        if rsp is not None and not config.fam_length:
+            raise ValueError("rsp was given, but this model has no FAM to start from it; leave it out")
+
+        plan, layout = make_plan(
+            config,
+            state,
+            max(time, 1),
+            lengths,
+            reset,
+            padded,
+            aligned=aligned,
+            key=key,
+            rsp_valid=None if rsp is None else rsp.valid,
+        )
+        inputs = None
+        layer_params = cast(params["layers"], dtype)
+        if config.fam_length:
+            prompts = _climb_all(config, layer_params, params["fam_prompt"].astype(dtype), plan)
+            stored = None if rsp is None else jax.lax.stop_gradient(rsp.fam).astype(dtype)
+            noise_keys = None
+            if key is not None and config.memory is not None and config.memory.noise > 0:
+                noise_key = jax.random.fold_in(key, 2)
+                noise_keys = jax.vmap(lambda number: jax.random.fold_in(noise_key, number))(
+                    jnp.arange(config.num_layers)
+                )
+            inputs = FamInputs(prompts, stored, noise_keys)
+        layers = _Layers(layer_params, inputs)
+
+        source = layout.source.reshape(batch, -1)
+        ids = jnp.take_along_axis(tokens, source, axis=1) if time else jnp.zeros_like(source)
+        embed = params["embed"].astype(dtype)
+        x = jnp.take(embed, ids, axis=0).reshape(*layout.source.shape, config.d_model)
+        # Windows shorter than a block are at most two: the block schedule's loop, which can skip one.
+        run = _layer_schedule if config.schedule == "layer" and plan.slot is None else _block_schedule
+        x, memory, kept = run(config, layers, x, state.layers, plan)
+
+        x = x.reshape(batch, -1, config.d_model)
+        x = x[:, :time] if layout.target is None else jnp.take_along_axis(x, layout.target[:, :time, None], axis=1)
+        x = rms_norm(x, params["final_norm"], config.norm_eps)
+        unembed = embed.T if config.tie_embeddings else params["unembed"].astype(dtype)
+        logits = jnp.einsum("btd,dv->btv", x, unembed, preferred_element_type=accumulation_dtype(dtype))
+        logits = jnp.where(layout.overflow[:, None, None], jnp.nan, logits)
+        return DecoderOutput(
+            logits=logits,
+            state=state.replace(**memory._asdict(), **layout.counters),
+            rsp=None if rsp is None else _store(rsp, kept, plan),
+        )
+
+    def init_state(self, batch: int, max_length: int | None = None) -> StreamState:
+        """State of `batch` rows that have read nothing; see `fam_jax.state.init_state`."""
+        return state_lib.init_state(self.config, batch, max_length)
+
+    def _params(self) -> dict:
+        """Declares the parameters. Matrices start with variance 1/inputs, those that write to the residual
+        stream 1/(2 layers) of it, so that the stream's size does not grow with depth."""
+        c = self.config
+        dtype = jnp.dtype(c.param_dtype)
+        small = nn.initializers.normal(c.d_model**-0.5)
+        params = {"embed": self.param("embed", small, (c.vocab_size, c.d_model), dtype)}
+        if not c.tie_embeddings:
+            params["unembed"] = self.param("unembed", small, (c.d_model, c.vocab_size), dtype)
+        if c.fam_length:
+            params["fam_prompt"] = self.param("fam_prompt", small, (c.fam_length, c.d_model), dtype)
+        params["final_norm"] = self.param("final_norm", nn.initializers.ones, (c.d_model,), dtype)
+        params["layers"] = _LayerStack(c, name="layers")()
+        return params
+
+
+class _LayerStack(nn.Module):
+    """Declares the weights of all layers, stacked."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self) -> LayerParams:
+        c = self.config
+        dtype = jnp.dtype(c.param_dtype)
+        ones = nn.initializers.ones
+        out_scale = (2 * c.num_layers) ** -0.5
+
+        def declare(name: str, initializer, *shape: int) -> Array:
+            return self.param(name, initializer, (c.num_layers, *shape), dtype)
+
+        def matrix(name: str, inputs: int, *shape: int, scale: float = 1.0) -> Array:
+            return declare(name, nn.initializers.normal(scale * inputs**-0.5), *shape)
+
+        return LayerParams(
+            attn_norm=declare("attn_norm", ones, c.d_model),
+            wq=matrix("wq", c.d_model, c.d_model, c.num_heads, c.head_dim),
+            wk=matrix("wk", c.d_model, c.d_model, c.num_kv_heads, c.head_dim),
+            wv=matrix("wv", c.d_model, c.d_model, c.num_kv_heads, c.head_dim),
+            wo=matrix("wo", c.num_heads * c.head_dim, c.num_heads, c.head_dim, c.d_model, scale=out_scale),
+            ff_norm=None if c.parallel_block else declare("ff_norm", ones, c.d_model),
+            w_gate=matrix("w_gate", c.d_model, c.d_model, c.d_ff),
+            w_up=matrix("w_up", c.d_model, c.d_model, c.d_ff),
+            w_down=matrix("w_down", c.d_ff, c.d_ff, c.d_model, scale=out_scale),
+        )
+
+
+def _layer_schedule(
+    config: DecoderConfig, layers: _Layers, x: Array, memory: LayerMemory, plan: Plan
+) -> tuple[Array, LayerMemory, Array]:
+    """Layer after layer, each over all blocks.
+
+    Args:
+        config: The decoder's.
+        layers: Stacked over layers.
+        x: Embedded tokens [b, n, w, d].
+        memory: Stacked over layers.
+        plan: Bookkeeping of the blocks.
+
+    Returns:
+        Output of the last layer [b, n, w, d], memory, and the FAM to store [l, f, d].
+    """
+    def body(x, xs):
+        one, one_memory = xs
+        x, one_memory, kept = layer(config, one.params, x, one_memory, one.inputs, plan)
+        return x, (one_memory, kept)
+
+    if config.remat:
+        body = jax.checkpoint(body, prevent_cse=not config.scan_layers)
+    x, (memory, kept) = _over_layers(config, body, x, (layers, memory))
+    return x, memory, kept
+
+
+def _block_schedule(
+    config: DecoderConfig, layers: _Layers, x: Array, memory: LayerMemory, plan: Plan
+) -> tuple[Array, LayerMemory, Array]:
+    """Block after block, each through all layers. Arguments and results are those of `_layer_schedule`."""
+    short = plan.slot is not None
+
+    def run(x, memory, plan):
+        return _layer_schedule(config, layers, x, memory, plan)
+
+    def skip(x, memory, plan):
+        return x, memory, jnp.zeros((config.num_layers, config.fam_length, config.d_model), x.dtype)
+
+    def step(carry, block):
+        memory, kept = carry
+        x, plan = block
+        if short:  # a short call seldom runs over a block's end
+            touched = jnp.any((plan.end > plan.first) | plan.passed)
+            x, memory, new = jax.lax.cond(touched, run, skip, x, memory, plan)
+        else:
+            x, memory, new = run(x, memory, plan)
+        return (memory, jnp.where(plan.store[0], new, kept)), x
+
+    if config.remat:
+        step = jax.checkpoint(step, prevent_cse=False)
+    kept = jnp.zeros((config.num_layers, config.fam_length, config.d_model), x.dtype)
+    (memory, kept), x = jax.lax.scan(step, (memory, kept), (jnp.moveaxis(x, 1, 0)[:, :, None], plan.per_block()))
+    return jnp.moveaxis(x[:, :, 0], 0, 1), memory, kept
+
+
+def _over_layers(config: DecoderConfig, body, carry, xs):
+    """`jax.lax.scan` of `body` over the leading axis of `xs`, or the same unrolled."""
+    if config.scan_layers:
+        return jax.lax.scan(body, carry, xs)
+    outputs = []
+    for number in range(config.num_layers):
+        carry, out = body(carry, jax.tree.map(lambda leaf, number=number: leaf[number], xs))
+        outputs.append(out)
+    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+
+def _climb_all(config: DecoderConfig, params: LayerParams, prompt: Array, plan: Plan) -> Array:
+    """The learned prompt as it arrives at each layer: [l, f, d] (appendix B.1)."""
+
+    def body(prompt, one):
+        return climb(config, one, prompt), prompt
+
+    def compute():
+        return _over_layers(config, body, prompt, params)[1]
+
+    if plan.slot is None:
+        return compute()
+    # Decoding token by token reads the prompt in a document's first block only.
+    nothing = jnp.zeros((config.num_layers, *prompt.shape), prompt.dtype)
+    return jax.lax.cond(jnp.any(plan.fresh), compute, lambda: nothing)
+
+
+def _store(rsp: RSPState, kept: Array, plan: Plan) -> RSPState:
+    """The stored state after the call: row 0's last complete block, if there was one."""
+    found = jnp.any(plan.store)
+    fam = jnp.where(found, jax.lax.stop_gradient(kept).astype(rsp.fam.dtype), rsp.fam)
+    return RSPState(fam=fam, valid=rsp.valid | found)
+
+
+def _check_call(config, tokens, state, lengths, reset, padded, aligned):
+    """Checks the arguments of a call and fills in what was left out."""
+    if jnp.ndim(tokens) != 2 or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
+        raise ValueError(
+            f"tokens must be integer ids of shape [batch, time], not {jnp.result_type(tokens)}{list(jnp.shape(tokens))}"
+        )
+    tokens = jnp.asarray(tokens)
+    batch, time = tokens.shape
+    full = config.memory is None
+    if state is None:
+        aligned = True
+        state = state_lib.init_state(config, batch, max(time, 1) if full else None)
+        first_reset = True
+    else:
+        state_lib.check_state(config, state, batch)
+        first_reset = False
+    size = state.open_k.shape[2]
+    blocks = 1 if full else max(1, -(-time // size))
+
+    def flags(name, value):
+        value = jnp.zeros((batch, blocks), bool) if value is None else jnp.asarray(value)
+        if value.shape != (batch, blocks) or value.dtype != bool:
+            raise ValueError(
+                f"{name} is {value.dtype}{list(value.shape)}, but {batch} rows of {time} tokens need bool{[batch, blocks]}: one flag per block of "
+                f"{size}"
+            )
+        return value
+
+    reset, padded = flags("reset", reset), flags("padded", padded)
+    if first_reset:
+        reset = reset.at[:, 0].set(True)
+    if lengths is None:
+        lengths = jnp.full((batch,), time, jnp.int32)
+    lengths = jnp.asarray(lengths)
+    if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(f"lengths is {lengths.dtype}{list(lengths.shape)}, but {batch} rows need int32{[batch]}")
+    if not isinstance(lengths, jax.core.Tracer) and bool(jnp.any((lengths < 0) | (lengths > time))):
+        raise ValueError(f"lengths={lengths} is not allowed; each must be between 0 and the {time} columns of tokens")
+    offsets_known = not isinstance(state.offset, jax.core.Tracer)
+    if aligned and offsets_known and bool(jnp.any((state.offset > 0) & ~reset[:, 0])):
+        raise ValueError(f"aligned=True, but rows stand inside a block: state.offset={state.offset}; leave aligned out")
+    if full:
+        read = jnp.where(reset[:, 0], 0, state.offset) + lengths
+        known = not any(isinstance(x, jax.core.Tracer) for x in (read, lengths))
+        if time > size or (known and bool(jnp.any(read > size))):
+            raise ValueError(
+                f"the cache of full attention holds {size} tokens, too few for {time} more after state.offset="
+                f"{state.offset}; begin with a state from init_state(batch, max_length=...) that is large enough"
+            )
+    return tokens, state, lengths.astype(jnp.int32), reset, padded, aligned

@@ -1,0 +1,192 @@
+"""Generation: greedy or sampled, batched, with the streaming state passed in and out."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+
+from fam_jax.decoder import Decoder
+from fam_jax.state import StreamState
+
+
+@struct.dataclass
+class GenerateOutput:
+    """What `generate` returns.
+
+    Attributes:
+        ids: New tokens, int32 [b, max_new_tokens]. A row that stopped repeats its stop token.
+        lengths: New tokens of each row, its stop token included: int32 [b].
+        state: Has read the prompt and the new tokens, so the conversation can go on.
+    """
+
+    ids: Array
+    lengths: Array
+    state: StreamState
+
+
+def check_ids(ids, vocab_size: int, name: str = "tokens") -> np.ndarray:
+    """Token ids as int32 NumPy array, checked on the host; a device cannot raise on an id outside its table.
+
+    Raises:
+        ValueError: Not integers, or outside 0..vocab_size-1.
+    """
+    array = np.asarray(ids)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name} must be integer ids, not {array.dtype}")
+    if array.size and (array.min() < 0 or array.max() >= vocab_size):
+        bad = array[(array < 0) | (array >= vocab_size)].flat[0]
+        raise ValueError(
+            f"{name} holds the id {bad}, but the vocabulary has {vocab_size} (0 to {vocab_size - 1}); "
+            "use the tokenizer that the model was trained with"
+        )
+    return array.astype(np.int32)
+
+
+def generate(
+    model: Decoder,
+    variables,
+    prompt,
+    max_new_tokens: int,
+    *,
+    lengths=None,
+    state: StreamState | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_tokens: tuple[int, ...] = (),
+    key: Array | None = None,
+) -> GenerateOutput:
+    """Continues each prompt.
+
+    What a row gets does not depend on the rows beside it: sampling draws with its own key, `key` folded with the
+    row's number.
+
+    Args:
+        model: The decoder.
+        variables: Its parameters.
+        prompt: Ids, int [b, t], t at least 1, right-padded if rows differ in length.
+        max_new_tokens: Tokens to generate, at least 1.
+        lengths: Real tokens of each prompt row, at least 1: int [b]. None: all.
+        state: Where earlier reading stopped; None starts documents.
+        temperature: 0 takes the most likely token; above, logits are divided by it before sampling.
+        top_k: Sample among the k most likely tokens only.
+        top_p: Sample among the fewest most likely tokens that together have at least this probability.
+        stop_tokens: Ids that end a row.
+        key: Random key; needed if the temperature is above 0.
+
+    Returns:
+        New tokens and the state after them.
+
+    Raises:
+        ValueError: An argument is impossible, or a full-attention cache is too small for prompt and answer.
+    """
+    vocab = model.config.vocab_size
+    prompt = check_ids(prompt, vocab, "prompt")
+    if prompt.ndim != 2 or prompt.shape[1] == 0 or prompt.shape[0] == 0:
+        raise ValueError(f"prompt must be of shape [batch, time] with at least one token, not {list(prompt.shape)}")
+    batch, time = prompt.shape
+    lengths = np.full(batch, time) if lengths is None else np.asarray(lengths)
+    if lengths.shape != (batch,) or not np.issubdtype(lengths.dtype, np.integer):
+        raise ValueError(f"lengths must be {batch} integers, one per row, not {lengths.dtype}{list(lengths.shape)}")
+    if lengths.min() < 1 or lengths.max() > time:
+        raise ValueError(f"lengths={lengths.tolist()} is not allowed; each row needs 1 to {time} prompt tokens")
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens!r} is not allowed; it must be an integer of at least 1")
+    if not np.isfinite(temperature) or temperature < 0:
+        raise ValueError(f"temperature={temperature!r} is not allowed; it must be 0 (greedy) or a positive number")
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= vocab):
+        raise ValueError(f"top_k={top_k!r} is not allowed; it must be an integer between 1 and the vocabulary, {vocab}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p!r} is not allowed; it must be above 0 and at most 1")
+    if temperature > 0 and key is None:
+        raise ValueError(f"temperature={temperature!r} samples, which needs key=jax.random.key(seed)")
+    stop = check_ids(list(stop_tokens) or np.zeros(0, np.int32), vocab, "stop_tokens")
+    state = _check_room(model, state, lengths, max_new_tokens)
+
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(0) if key is None else key))(jnp.arange(batch))
+    return _generate(
+        model,
+        max_new_tokens,
+        temperature == 0,
+        top_k,
+        top_p,
+        variables,
+        jnp.asarray(prompt),
+        jnp.asarray(lengths, jnp.int32),
+        state,
+        jnp.asarray(stop),
+        jnp.float32(temperature),
+        keys,
+    )
+
+
+def _check_room(model: Decoder, state: StreamState | None, lengths: np.ndarray, new: int) -> StreamState:
+    """The state to start from; with full attention, one that is large enough."""
+    batch = len(lengths)
+    if model.config.memory is not None:
+        return model.init_state(batch) if state is None else state
+    if state is None:
+        return model.init_state(batch, int(lengths.max()) + new)
+    needed, capacity = int((np.asarray(state.offset) + lengths).max()) + new, state.open_k.shape[2]
+    if needed > capacity:
+        raise ValueError(
+            f"the cache of full attention holds {capacity} tokens, but prompt and answer need {needed}; "
+            f"begin with init_state(batch, max_length={needed}) or more"
+        )
+    return state
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _generate(
+    model, max_new_tokens, greedy, top_k, top_p, variables, prompt, lengths, state, stop, temperature, keys
+):
+    out = model.apply(variables, prompt, state, lengths=lengths)
+    logits = jnp.take_along_axis(out.logits, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    batch = prompt.shape[0]
+
+    def choose(logits, number):
+        if greedy:
+            return jnp.argmax(logits, axis=-1)
+        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
+        return jax.vmap(jax.random.categorical)(step_keys, _filter(logits / temperature, top_k, top_p))
+
+    def running(carry):
+        number, _, _, _, _, done = carry
+        return (number < max_new_tokens) & ~jnp.all(done)
+
+    def step(carry):
+        number, ids, count, state, logits, done = carry
+        token = choose(logits, number).astype(jnp.int32)
+        ids = jnp.where((jnp.arange(max_new_tokens) >= number) & ~done[:, None], token[:, None], ids)
+        out = model.apply(variables, token[:, None], state, lengths=(~done).astype(jnp.int32))
+        count += ~done
+        done |= jnp.any(token[:, None] == stop, axis=1)
+        return number + 1, ids, count, out.state, out.logits[:, 0], done
+
+    carry = (
+        0,
+        jnp.zeros((batch, max_new_tokens), jnp.int32),
+        jnp.zeros((batch,), jnp.int32),
+        out.state,
+        logits,
+        jnp.zeros((batch,), bool),
+    )
+    _, ids, count, state, _, _ = jax.lax.while_loop(running, step, carry)
+    return GenerateOutput(ids=ids, lengths=count, state=state)
+
+
+def _filter(logits: Array, top_k: int | None, top_p: float | None) -> Array:
+    """Sets the logits [b, v] that may not be sampled to -inf; ties at an edge stay in."""
+    if top_k is not None:
+        smallest = jax.lax.top_k(logits, top_k)[0][:, -1:]
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    if top_p is not None:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        smallest = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    return logits

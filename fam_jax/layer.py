@@ -1,0 +1,122 @@
+"""One layer over the blocks of a call (TransformerFAM, algorithms 1 and 2).
+
+`layer` serves both schedules: given all blocks it is the layer schedule, given one block it is a step of the
+block schedule. Tokens of all blocks are projected and attend in parallel; only the FAM rows go from
+block to block.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fam_jax.config import DecoderConfig
+from fam_jax.fam import FamInputs, scan_blocks
+from fam_jax.ops import Source, attend, rms_norm, rotate
+from fam_jax.plan import Plan
+from fam_jax.state import LayerMemory
+from fam_jax.sublayers import LayerParams, finish, project
+
+
+def layer(
+    config: DecoderConfig,
+    params: LayerParams,
+    x: Array,
+    memory: LayerMemory,
+    inputs: FamInputs | None,
+    plan: Plan,
+) -> tuple[Array, LayerMemory, Array]:
+    """Runs one layer.
+
+    Args:
+        config: The decoder's.
+        params: The layer's weights, in the type of the activations.
+        x: The layer's input in windows: [b, n, w, d]. `w` is the block size, or less if `n` is 1.
+        memory: What the layer remembers of earlier calls.
+        inputs: Start of the FAM and its noise; None without a FAM.
+        plan: Bookkeeping of the same blocks.
+
+    Returns:
+        The layer's output [b, n, w, d]; what it remembers now; the FAM that Random State Passing keeps [f, d].
+    """
+    batch, windows, width, _ = x.shape
+    size = memory.open_k.shape[1]
+    normed = rms_norm(x, params.attn_norm, config.norm_eps)
+    q, k, v = project(params, normed)
+    k, v = _fill(k, memory.open_k, plan), _fill(v, memory.open_v, plan)
+
+    slots = jnp.arange(size)
+    query_slots = jnp.arange(width) + (0 if plan.slot is None else plan.slot[:, :, None])
+    start = 0 if plan.position is None else plan.position[:, :, None]
+    q = rotate(q, start + query_slots, config.rope_base)
+    own = Source(rotate(k, start + slots, config.rope_base), v, slots <= query_slots[..., None])
+    if config.memory is not None and config.memory.window is not None:
+        own = own._replace(mask=own.mask & (query_slots[..., None] - slots < config.memory.window))
+
+    all_k = jnp.concatenate([memory.segment_k, k], axis=1)
+    all_v = jnp.concatenate([memory.segment_v, v], axis=1)
+    sources = [own]
+    for back in range(1, config.segments + 1):
+        first = config.segments - back
+        seen = slice(first, first + windows)
+        sources.append(_segment(config, all_k[:, seen], all_v[:, seen], back, slots, query_slots, start, plan))
+
+    kept = jnp.zeros(memory.fam.shape[1:], memory.fam.dtype)
+    fam = memory.fam
+    if inputs is not None:
+        skip = width < size
+        fam, fam_source, kept = scan_blocks(
+            config, params, fam, inputs, Source(own.k, own.v), plan, skip_incomplete=skip
+        )
+        sources.append(fam_source)
+    x = finish(config, params, x, normed, attend(q, sources))
+
+    done = jnp.sum(plan.complete, axis=1)
+    segment_k, open_k = _advance(all_k, done, config.segments)
+    segment_v, open_v = _advance(all_v, done, config.segments)
+    return x, LayerMemory(segment_k, segment_v, open_k, open_v, fam), kept
+
+
+def _fill(new: Array, opened: Array, plan: Plan) -> Array:
+    """Keys or values of whole blocks: new ones [b, n, w, g, k], and those of the open block [b, c, g, k].
+
+    Slots that hold no token yet are zero, so that a state does not depend on what padding was read.
+    """
+    size = opened.shape[1]
+    slots = jnp.arange(size)
+    if plan.slot is not None:
+        column = jnp.clip(slots - plan.slot[:, :, None], 0, new.shape[2] - 1)
+        new = jnp.take_along_axis(new, column[..., None, None], axis=2)
+    first, end = plan.first[:, :, None], plan.end[:, :, None]
+    new = jnp.where(((slots >= first) & (slots < end))[..., None, None], new, 0)
+    old = jnp.where((slots < plan.first[:, :1, None])[..., None, None], opened[:, None], 0)
+    return new.at[:, :1].add(old)
+
+
+def _segment(
+    config: DecoderConfig, k: Array, v: Array, back: int, slots: Array, query_slots: Array, start, plan: Plan
+) -> Source:
+    """Keys of the block `back` blocks before each block, k and v [b, n, c, g, k]."""
+    if config.memory.stop_gradient:
+        k, v = jax.lax.stop_gradient((k, v))
+    behind = slots - back * k.shape[2]
+    mask = (back <= plan.segments)[:, :, None, None]
+    if config.memory.window is not None:
+        mask = mask & (query_slots[..., None] - behind < config.memory.window)
+    return Source(rotate(k, start + behind, config.rope_base), v, mask)
+
+
+def _advance(blocks: Array, done: Array, segments: int) -> tuple[Array, Array]:
+    """The segments and the open block once `done` blocks [b] are complete.
+
+    Args:
+        blocks: The segments before the call and the blocks of the call: [b, m + n, c, g, k].
+        done: Blocks that the call completed.
+        segments: m.
+
+    Returns:
+        The last m complete blocks [b, m, c, g, k], and the one after them [b, c, g, k], zero if there is none.
+    """
+    blocks = jnp.pad(blocks, ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0)))
+    wanted = done[:, None] + jnp.arange(segments + 1)
+    latest = jnp.take_along_axis(blocks, wanted[:, :, None, None, None], axis=1)
+    return latest[:, :segments], latest[:, segments]

@@ -1,0 +1,98 @@
+"""The arithmetic that every layer is made of: norm, rotary positions, attention, gated feed-forward.
+
+Pure functions of arrays. Letters in einsum strings and shapes: b batch, n block, c token in its block, s key,
+f FAM row, h query head, g key/value head, r query heads per key/value head, k head width, d model width,
+e feed-forward width.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def accumulation_dtype(dtype) -> jnp.dtype:
+    """Type in which norms, softmax and rotations of `dtype` values are computed: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, of any shape [..., d]."""
+    wide = x.astype(accumulation_dtype(x.dtype))
+    wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * scale).astype(x.dtype)
+
+
+def rotate(x: Array, positions: Array, base: float) -> Array:
+    """Rotary positions: turns pair i of each head by `position / base^(2i/k)` radians.
+
+    Args:
+        x: Queries or keys: [..., c, heads, k]. Pair i is made of channels i and i + k/2.
+        positions: [..., c], whole or fractional; leading axes broadcast against those of `x`.
+        base: Base of the wavelengths.
+    """
+    dtype = accumulation_dtype(x.dtype)
+    half = x.shape[-1] // 2
+    frequencies = base ** (-jnp.arange(half, dtype=dtype) / half)
+    angles = positions.astype(dtype)[..., None, None] * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = x[..., :half].astype(dtype), x[..., half:].astype(dtype)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+class Source(NamedTuple):
+    """Keys that a set of queries may read.
+
+    Attributes:
+        k: Rotated keys [..., s, g, k].
+        v: Values [..., s, g, k].
+        mask: True where a query sees a key, broadcastable to [..., c, s]; None if it sees all.
+    """
+
+    k: Array
+    v: Array
+    mask: Array | None = None
+
+
+def attend(q: Array, sources: list[Source]) -> Array:
+    """One softmax over all keys of all sources; grouped heads.
+
+    The sources are not concatenated: neighbouring blocks share keys, which a copy would multiply. Every query
+    must see at least one key.
+
+    Args:
+        q: Rotated queries [..., c, h, k].
+        sources: Keys and values, with the leading axes of `q`.
+
+    Returns:
+        [..., c, h, k] in the type of `q`.
+    """
+    dtype = accumulation_dtype(q.dtype)
+    *lead, queries, heads, width = q.shape
+    groups = sources[0].k.shape[-2]
+    q = (q * width**-0.5).reshape(*lead, queries, groups, heads // groups, width)
+    scores = []
+    for source in sources:
+        score = jnp.einsum("...cgrk,...sgk->...grcs", q, source.k, preferred_element_type=dtype)
+        if source.mask is not None:
+            score = jnp.where(source.mask[..., None, None, :, :], score, jnp.finfo(dtype).min)
+        scores.append(score)
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
+    mixed = 0
+    start = 0
+    for source in sources:
+        stop = start + source.k.shape[-3]
+        mixed += jnp.einsum(
+            "...grcs,...sgk->...cgrk", weights[..., start:stop], source.v, preferred_element_type=dtype
+        )
+        start = stop
+    return mixed.reshape(*lead, queries, heads, width).astype(q.dtype)
+
+
+def feed_forward(w_gate: Array, w_up: Array, w_down: Array, x: Array) -> Array:
+    """SwiGLU: (silu(x w_gate) * x w_up) w_down, x of any shape [..., d]."""
+    gate = jnp.einsum("...d,de->...e", x, w_gate)
+    up = jnp.einsum("...d,de->...e", x, w_up)
+    return jnp.einsum("...e,ed->...d", jax.nn.silu(gate) * up, w_down)

@@ -1,0 +1,152 @@
+"""The streaming state: all that a decoder remembers of what it has read, as a value."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from fam_jax.config import DecoderConfig
+
+
+class LayerMemory(NamedTuple):
+    """What one layer remembers; the fields of `StreamState` of the same names without the layer axis."""
+
+    segment_k: Array
+    segment_v: Array
+    open_k: Array
+    open_v: Array
+    fam: Array
+
+
+@struct.dataclass
+class StreamState:
+    """State of `batch` rows that have each read some text. Its size does not depend on how much.
+
+    With `b` rows, `l` layers, `m` memory segments, blocks of `c` tokens, `f` FAM rows, `g` key/value heads of
+    width `k` and model width `d`. Keys are cached before the rotary rotation, so that they can be rotated
+    by their distance to the block that reads them.
+
+    Attributes:
+        segment_k: Keys of the last complete blocks, oldest first: [l, b, m, c, g, k].
+        segment_v: Their values: [l, b, m, c, g, k].
+        open_k: Keys of the block that is not complete yet; zero where nothing is: [l, b, c, g, k]. With full
+            attention it is the whole cache, `c` being its capacity.
+        open_v: Its values: [l, b, c, g, k].
+        fam: FAM of each layer after the last complete block: [l, b, f, d].
+        fresh: bool [b]; this row's FAM is still the learned prompt, whatever `fam` holds.
+        offset: Tokens in the open block: int32 [b].
+        blocks: Complete blocks since the document began: int32 [b].
+        shift: Random Position Offset of the row's document, in tokens: float32 [b].
+    """
+
+    segment_k: Array
+    segment_v: Array
+    open_k: Array
+    open_v: Array
+    fam: Array
+    fresh: Array
+    offset: Array
+    blocks: Array
+    shift: Array
+
+    @property
+    def layers(self) -> LayerMemory:
+        """The part that belongs to layers, each field stacked over layers."""
+        return LayerMemory(self.segment_k, self.segment_v, self.open_k, self.open_v, self.fam)
+
+    def rows(self, indices) -> "StreamState":
+        """The state of the given rows, in this order; repeat an index to ask one document many questions.
+
+        Args:
+            indices: int [rows]; a slice is fine too.
+        """
+        index = indices if isinstance(indices, slice) else jnp.asarray(indices)
+        layers = LayerMemory(*(leaf[:, index] for leaf in self.layers))
+        return self.replace(
+            **layers._asdict(),
+            fresh=self.fresh[index],
+            offset=self.offset[index],
+            blocks=self.blocks[index],
+            shift=self.shift[index],
+        )
+
+
+@struct.dataclass
+class RSPState:
+    """The FAM that Random State Passing keeps from step to step (TransformerFAM, appendix B.2.3).
+
+    Attributes:
+        fam: FAM of every layer after some earlier step: [l, f, d].
+        valid: bool []; False until a first one has been stored.
+    """
+
+    fam: Array
+    valid: Array
+
+    @classmethod
+    def zeros(cls, config: DecoderConfig) -> "RSPState":
+        """The state before any training step. Raises ValueError if the model has no FAM."""
+        if not config.fam_length:
+            raise ValueError("Random State Passing stores the FAM, but this model has fam_length=0")
+        shape = (config.num_layers, config.fam_length, config.d_model)
+        return cls(fam=jnp.zeros(shape, config.dtype), valid=jnp.zeros((), bool))
+
+
+def init_state(config: DecoderConfig, batch: int, max_length: int | None = None) -> StreamState:
+    """State of rows that have read nothing.
+
+    Args:
+        config: The decoder's.
+        batch: Rows.
+        max_length: Capacity of the cache in tokens. Needed with full attention and refused otherwise: a block
+            memory has no limit.
+
+    Raises:
+        ValueError: `batch` or `max_length` is missing or impossible.
+    """
+    if batch < 1:
+        raise ValueError(f"batch={batch!r} is not allowed; a state needs at least one row")
+    if config.memory is None:
+        if max_length is None or max_length < 1:
+            raise ValueError(
+                f"max_length={max_length!r} is not allowed; with full attention (memory=None) give the number of tokens "
+                "that the cache must hold"
+            )
+        capacity = max_length
+    else:
+        if max_length is not None:
+            raise ValueError(
+                f"max_length={max_length!r} has no meaning with a block memory, which reads any length; leave it out"
+            )
+        capacity = config.memory.block_size
+    keys = (capacity, config.num_kv_heads, config.head_dim)
+    open_shape = (config.num_layers, batch, *keys)
+    segment_shape = (config.num_layers, batch, config.segments, *keys)
+    # A FAM-less model has a FAM of no rows: the same code and the same tree serve both.
+    fam_shape = (config.num_layers, batch, config.fam_length, config.d_model)
+    return StreamState(
+        segment_k=jnp.zeros(segment_shape, config.dtype),
+        segment_v=jnp.zeros(segment_shape, config.dtype),
+        open_k=jnp.zeros(open_shape, config.dtype),
+        open_v=jnp.zeros(open_shape, config.dtype),
+        fam=jnp.zeros(fam_shape, config.dtype),
+        fresh=jnp.ones((batch,), bool),
+        offset=jnp.zeros((batch,), jnp.int32),
+        blocks=jnp.zeros((batch,), jnp.int32),
+        shift=jnp.zeros((batch,), jnp.float32),
+    )
+
+
+def check_state(config: DecoderConfig, state: StreamState, batch: int) -> None:
+    """Raises a ValueError, naming the field, unless `state` fits the model and the number of rows."""
+    capacity = state.open_k.shape[2] if config.memory is None else None
+    expected = jax.eval_shape(lambda: init_state(config, batch, capacity))
+    for field, want in expected.__dict__.items():
+        have = getattr(state, field)
+        if have.shape != want.shape or have.dtype != want.dtype:
+            raise ValueError(
+                f"state.{field} is {have.dtype}{list(have.shape)}, but this model and {batch} rows of tokens need "
+                f"{want.dtype}{list(want.shape)}; pass the state of the same config and batch"
+            )
