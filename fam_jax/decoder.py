@@ -61,7 +61,7 @@ class Decoder(nn.Module):
         key: Array | None = None,
         rsp: RSPState | None = None,
         aligned: bool = False,
-    ) -> DecoderOutput:
+    ) -> DecoderOutput | None:
         """Reads tokens and predicts the one after each.
 
         Args:
@@ -80,7 +80,7 @@ class Decoder(nn.Module):
                 block that ragged offsets may need more. True anyway without a state.
 
         Returns:
-            Logits, the new state, and the FAM to store.
+            Logits, the new state, and the FAM to store. None from `init`, which only declares parameters.
 
         Raises:
             ValueError: An argument has a wrong type or shape, or a full-attention cache is too small. Inside
@@ -93,6 +93,8 @@ class Decoder(nn.Module):
         tokens, state, lengths, reset, padded, aligned = _check_call(
             config, tokens, state, lengths, reset, padded, aligned
         )
+        if self.is_initializing():  # the parameters are declared; reading the tokens would only cost time
+            return None
         batch, time = tokens.shape
         if rsp is not None and not config.fam_length:
             raise ValueError("rsp was given, but this model has no FAM to start from it; leave it out")

@@ -1,0 +1,138 @@
+"""Directories that are either complete or not there: built aside, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from experiments.data.protocol import DataError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows; there two processes may both prepare, and the first to finish wins
+    fcntl = None  # type: ignore[assignment]
+
+# Errors of the disk, which no second attempt heals.
+DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+)
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 of JSON-able values, as hexadecimal digits."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def build_once(target: Path, build: Callable[[Path], None]) -> Path:
+    """Makes a directory once, however often it is asked for, by however many processes.
+
+    `build` fills an empty directory beside `target`, which becomes `target` by one rename when it is done. A
+    build that was interrupted in any way leaves no `target`; what it left is removed by the next one.
+
+    Args:
+      target: the directory; if it exists, it is complete and `build` is not called.
+      build: fills the directory that it is given.
+
+    Raises:
+      DataError: the disk is full or not writable. Nothing half-made is kept.
+    """
+    if target.is_dir():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(target.parent / f".{target.name}.lock") as alone:
+            if target.is_dir():
+                return target
+            prefix = f".{target.name}.partial-"
+            if alone:
+                for left in target.parent.glob(f"{prefix}*"):
+                    shutil.rmtree(left, ignore_errors=True)
+            partial = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+            try:
+                build(partial)
+                _flush(partial)
+                _rename(partial, target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise DataError(
+            f"{target} could not be prepared: {error.strerror}. Free space or choose another place with "
+            "data_dir or the environment variable FAM_JAX_DATA, and run the same command again; nothing "
+            "half-made was kept"
+        ) from error
+    return target
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object of a prepared directory.
+
+    Raises:
+      DataError: the file is missing or damaged.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(value, dict):
+            return value
+    except (OSError, ValueError):
+        pass
+    raise damaged(path)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a JSON object for people and programs."""
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def damaged(path: Path, what: str = "") -> DataError:
+    """The error for a prepared file that is not as it was written."""
+    return DataError(
+        f"{what or path} is missing or damaged: delete the directory {path.parent} and run the same command again"
+    )
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[bool]:
+    """Waits for the lock; yields whether nobody else can be building."""
+    if fcntl is None:
+        yield False
+        return
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            alone = True
+        except OSError:  # a file system without locks: the rename still decides
+            alone = False
+        yield alone
+
+
+def _flush(directory: Path) -> None:
+    """Puts the files on the disk, so that a power cut after the rename cannot leave empty ones."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def _rename(partial: Path, target: Path) -> None:
+    try:
+        os.rename(partial, target)
+    except OSError:
+        if not target.is_dir():  # else another process finished the same work first
+            raise

@@ -1,0 +1,98 @@
+"""The settings of text data: which text, which tokens, which rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+PG19_URL = "https://storage.googleapis.com"
+SPLITS = ("train", "validation")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextData:
+    """Which text is read and how it becomes batches.
+
+    Attributes:
+      source: `python-source` (the default), `shakespeare`, `text:GLOB` (a glob, a folder or one file of UTF-8
+        text), `tfds:NAME` (`NAME`, `NAME/CONFIG` or `NAME:VERSION`), `pg19`, or `pg19:N` for its first N
+        training books only.
+      tokenizer: `bytes`, the path of a SentencePiece `.model`, or that of a Hugging Face `tokenizer.json`.
+      mode: `stream` (every row reads one document after another, across steps) or `packed` (fixed-length rows
+        cut from the concatenation of all documents, in random order, as in the paper).
+      batch_size: rows of a batch.
+      length: tokens of a row and step. In stream mode a multiple of `block_size`.
+      block_size: the model's block size: in stream mode documents start at block edges. Packed rows do not
+        use it.
+      seed: of the order of documents and rows, and of the repeated segments.
+      repeat_tokens: packed mode: so many consecutive tokens of the row, picked at random, are repeated at its
+        end after the prompt `[repeat random segment]:`, all within `length` (256 in the paper, section 3.1;
+        0: off).
+      repeat_weight: loss weight of the repeated tokens.
+      data_dir: where prepared data is kept. None: the environment variable `FAM_JAX_DATA`, or else
+        `~/.cache/fam_jax`.
+      tfds_dir: `tfds:NAME` only: where tensorflow-datasets keeps its data. None: its own default.
+      tfds_feature: `tfds:NAME` only: the feature that holds the text.
+      pg19_url: `pg19` only: the storage server that has the bucket `deepmind-gutenberg`.
+    """
+
+    source: str = "python-source"
+    tokenizer: str = "bytes"
+    mode: str = "stream"
+    batch_size: int = 8
+    length: int = 1024
+    block_size: int = 64
+    seed: int = 0
+    repeat_tokens: int = 0
+    repeat_weight: float = 0.1
+    data_dir: str | None = None
+    tfds_dir: str | None = None
+    tfds_feature: str = "text"
+    pg19_url: str = PG19_URL
+
+    def __post_init__(self) -> None:
+        kind, _, argument = self.source.partition(":")
+        known = (kind in ("text", "tfds") and argument) or self.source in (
+            "python-source",
+            "shakespeare",
+            "pg19",
+        )
+        if not known and not (kind == "pg19" and argument.isdecimal() and int(argument) > 0):
+            raise ValueError(
+                f"source={self.source!r}: must be python-source, shakespeare, text:GLOB, tfds:NAME, "
+                "pg19 or pg19:N with N >= 1"
+            )
+        if not self.tokenizer:
+            raise ValueError(
+                f"tokenizer={self.tokenizer!r}: must be bytes, or the path of a SentencePiece .model "
+                "or of a Hugging Face tokenizer.json"
+            )
+        if self.mode not in ("stream", "packed"):
+            raise ValueError(f"mode={self.mode!r}: must be stream or packed")
+        for name in ("batch_size", "length", "block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: must be at least 0")
+        if self.mode == "stream" and self.length % self.block_size:
+            raise ValueError(
+                f"length={self.length}: must be a multiple of block_size={self.block_size} in stream "
+                "mode, where documents start at block edges"
+            )
+        if self.repeat_tokens < 0:
+            raise ValueError(f"repeat_tokens={self.repeat_tokens}: must be at least 0")
+        if self.repeat_tokens and self.mode == "stream":
+            raise ValueError(
+                f"repeat_tokens={self.repeat_tokens}: must be 0 in stream mode, whose rows hold the "
+                "documents and nothing else; use mode=packed"
+            )
+        if not self.repeat_weight >= 0:
+            raise ValueError(f"repeat_weight={self.repeat_weight}: must be at least 0")
+        if not self.pg19_url.startswith(("http://", "https://")):
+            raise ValueError(f"pg19_url={self.pg19_url!r}: must start with https:// or http://")
+
+    @property
+    def directory(self) -> Path:
+        """Where prepared data is kept."""
+        return Path(self.data_dir or os.environ.get("FAM_JAX_DATA") or "~/.cache/fam_jax").expanduser()

@@ -1,0 +1,180 @@
+"""Text to token ids and back: bytes, SentencePiece, Hugging Face `tokenizer.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from experiments.data.protocol import DataError
+
+# What vocabularies call "the text ends here"; a tokenizer.json does not say which of its tokens that is.
+END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]", "<|im_end|>")
+
+
+class Tokenizer(Protocol):
+    """A reversible map between text and ids 0 ... vocab_size - 1.
+
+    Attributes:
+      name: what results call it; never a path.
+      hash: identity of the vocabulary.
+      vocab_size: number of ids.
+      separator: the id put between packed documents, or None.
+    """
+
+    name: str
+    hash: str
+    vocab_size: int
+    separator: int | None
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """Ids of `text`, int32 [t]; nothing is added at its ends."""
+        ...
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        ...
+
+
+def check_ids(ids: np.ndarray | Sequence[int], vocab_size: int, what: str = "ids") -> np.ndarray:
+    """Checks on the host that every id is in the vocabulary, which a device would not notice.
+
+    Returns:
+      The ids as an int32 array of the same shape.
+
+    Raises:
+      DataError: an id is negative or not below `vocab_size`.
+    """
+    array = np.asarray(ids)
+    if array.size == 0:
+        return array.astype(np.int32)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise DataError(f"{what}: token ids must be integers, not {array.dtype}")
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise DataError(
+            f"{what}: token id {wrong} is outside the vocabulary of {vocab_size} ids (0 to "
+            f"{vocab_size - 1}); use the tokenizer that the model was made for"
+        )
+    return array.astype(np.int32)
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as ids 0-255. The NUL byte, which no text contains, separates packed documents."""
+
+    name = "bytes"
+    hash = "bytes"
+    vocab_size = 256
+    separator: int | None = 0
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        data = text.encode("utf-8") if isinstance(text, str) else text
+        return np.frombuffer(data, np.uint8).astype(np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return check_ids(ids, self.vocab_size).astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece `.model`; its end-of-text piece, or else that of the beginning, is the separator."""
+
+    def __init__(self, path: Path):
+        module = _library("sentencepiece", path)
+        data = _read(path)
+        self._model: Any = module.SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(data)
+        except Exception as error:
+            raise DataError(
+                f"{path}: not a SentencePiece model ({error}); give the .model file that training wrote"
+            ) from None
+        self.name = path.name
+        self.hash = hashlib.sha256(data).hexdigest()
+        self.vocab_size = int(self._model.GetPieceSize())
+        ends = (int(self._model.eos_id()), int(self._model.bos_id()))
+        self.separator: int | None = next((i for i in ends if i >= 0), None)
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        return check_ids(
+            np.asarray(self._model.EncodeAsIds(_text(text)), np.int64), self.vocab_size, self.name
+        )
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return str(self._model.DecodeIds(check_ids(ids, self.vocab_size).tolist()))
+
+
+class HuggingFaceTokenizer:
+    """A Hugging Face `tokenizer.json`; the first of END_TOKENS that it knows separates documents."""
+
+    def __init__(self, path: Path):
+        module = _library("tokenizers", path)
+        data = _read(path)
+        try:
+            self._model: Any = module.Tokenizer.from_str(data.decode("utf-8"))
+        except Exception as error:
+            raise DataError(
+                f"{path}: not a Hugging Face tokenizer.json ({error}); give the file that "
+                "`Tokenizer.save` wrote"
+            ) from None
+        self._model.no_truncation()
+        self._model.no_padding()
+        self.name = path.name
+        self.hash = hashlib.sha256(data).hexdigest()
+        # Ids need not be dense: the size is what an embedding needs, not the number of tokens.
+        self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        ids = (self._model.token_to_id(token) for token in END_TOKENS)
+        self.separator: int | None = next((i for i in ids if i is not None), None)
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        ids = self._model.encode(_text(text), add_special_tokens=False).ids
+        return check_ids(np.asarray(ids, np.int64), self.vocab_size, self.name)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return str(self._model.decode(check_ids(ids, self.vocab_size).tolist(), skip_special_tokens=False))
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer that `TextData.tokenizer` names.
+
+    Args:
+      spec: `bytes`, or the path of a SentencePiece `.model` or of a Hugging Face `.json`.
+
+    Raises:
+      DataError: the file is missing or not what its name says, or its library is not installed.
+    """
+    if spec == "bytes":
+        return ByteTokenizer()
+    path = Path(spec).expanduser()
+    if path.suffix not in (".model", ".json"):
+        raise DataError(
+            f"tokenizer={spec!r}: must be bytes, or the path of a SentencePiece .model or of a Hugging "
+            "Face tokenizer.json"
+        )
+    if not path.is_file():
+        raise DataError(f"tokenizer={spec!r}: there is no such file; check the path")
+    return SentencePieceTokenizer(path) if path.suffix == ".model" else HuggingFaceTokenizer(path)
+
+
+def _library(name: str, path: Path) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise DataError(
+            f'tokenizer={str(path)!r} needs the package {name!r}: pip install -e ".[tokenizers]"'
+        ) from error
+
+
+def _read(path: Path) -> bytes:
+    data = path.read_bytes()
+    if not data:
+        raise DataError(f"{path}: the file is empty; copy it again")
+    return data
+
+
+def _text(text: str | bytes) -> str:
+    return text if isinstance(text, str) else text.decode("utf-8", errors="replace")

@@ -1,0 +1,132 @@
+"""Documents as token ids in memory-mapped files: tokenised once, opened in no time, never held in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from experiments.data.cache import build_once, damaged, digest, read_json, write_json
+from experiments.data.corpus import Corpus
+from experiments.data.protocol import DataError
+from experiments.data.tokenizers import Tokenizer, check_ids
+
+TOKENS_FORMAT = 1
+
+
+class OpensCorpus(Protocol):
+    """A source: `corpus.Source` or `tfds_source.TfdsSource`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def folder(self) -> str: ...
+    @property
+    def key(self) -> str: ...
+    def open(self, directory: Path) -> Corpus: ...
+
+
+class TokenStore:
+    """The documents of one split, in order of their names.
+
+    Attributes:
+      names: of the documents, an array of strings [documents].
+      lengths: tokens of every document, int64 [documents]; none is empty.
+      sha256: of the names and tokens; the identity of the data.
+    """
+
+    def __init__(self, directory: Path, split: str, described: Mapping[str, Any]):
+        path = directory / f"{split}.npz"
+        try:
+            with np.load(path) as index:
+                self._starts, self.lengths, names = index["starts"], index["lengths"], index["names"]
+            self._tokens = np.memmap(directory / f"{split}.bin", np.dtype(described["dtype"]), "r")
+        except Exception as error:  # whatever NumPy and zipfile make of a damaged file
+            raise damaged(path) from error
+        if self._tokens.size != described["tokens"] or int(self.lengths.sum()) != described["tokens"]:
+            raise damaged(path)
+        self.names = names
+        self.sha256: str = described["tokens_sha256"]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens `start` to `stop` of a document, clipped to it, int32 [t]."""
+        length = int(self.lengths[document])
+        stop = length if stop is None else min(stop, length)
+        begin = int(self._starts[document])
+        return self._tokens[begin + start : begin + stop].astype(np.int32)
+
+
+class Tokens:
+    """A tokenised corpus: its splits and the manifest of what is in them."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self.manifest = read_json(directory / "manifest.json")
+        self.splits: tuple[str, ...] = tuple(self.manifest["splits"])
+
+    def split(self, name: str) -> TokenStore:
+        """Opens a split.
+
+        Raises:
+          ValueError: there is no such split.
+          DataError: its files are damaged.
+        """
+        if name not in self.splits:
+            raise ValueError(f"split={name!r}: {self.manifest['source']} has {', '.join(self.splits)}")
+        return TokenStore(self._directory, name, self.manifest["splits"][name])
+
+
+def tokenize(source: OpensCorpus, tokenizer: Tokenizer, directory: Path) -> Tokens:
+    """Tokenises a source, once, under `directory`; prepares its text first if need be.
+
+    Raises:
+      DataError: as `source.open`; or a split has no tokens; or an id is outside the vocabulary.
+    """
+    key = digest(TOKENS_FORMAT, source.key, tokenizer.hash)[:16]
+    target = directory / "tokens" / f"{source.folder}-{key}"
+
+    def build(partial: Path) -> None:
+        corpus = source.open(directory)
+        manifest = dict(corpus.manifest)
+        splits = {
+            s: {**manifest["splits"][s], **_write(corpus, s, tokenizer, partial)} for s in corpus.counts
+        }
+        names = ("name", "hash", "vocab_size", "separator")
+        manifest |= {"splits": splits, "tokenizer": {name: getattr(tokenizer, name) for name in names}}
+        write_json(partial / "manifest.json", manifest)
+
+    return Tokens(build_once(target, build))
+
+
+def _write(corpus: Corpus, split: str, tokenizer: Tokenizer, directory: Path) -> dict[str, Any]:
+    source = corpus.manifest["source"]
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+    names, lengths = [], []
+    sha = hashlib.sha256()
+    with open(directory / f"{split}.bin", "wb") as file:
+        texts = corpus.texts(split)
+        for name, text in tqdm(
+            texts, f"{source}: {split} tokens", corpus.counts[split], unit=" documents", disable=None
+        ):
+            ids = check_ids(tokenizer.encode(text), tokenizer.vocab_size, f"document {name!r} of {source}")
+            if ids.size:
+                data = ids.astype(dtype).tobytes()
+                sha.update(data)
+                file.write(data)
+                names.append(name)
+                lengths.append(ids.size)
+    if not names:
+        raise DataError(f"source={source!r}: its {split} split has no tokens; give it more text")
+    order = np.argsort(np.array(names), kind="stable")
+    starts = np.cumsum([0, *lengths[:-1]], dtype=np.int64)[order]
+    sizes = np.array(lengths, np.int64)[order]
+    np.savez(directory / f"{split}.npz", names=np.array(names)[order], starts=starts, lengths=sizes)
+    sha.update(digest(names, lengths).encode())
+    return {"tokens": sum(lengths), "dtype": dtype.name, "tokens_sha256": sha.hexdigest()}

@@ -1,0 +1,167 @@
+"""Evaluation of a trained model: `python -m experiments.evaluate --checkpoint DIR`.
+
+`loss-by-position` is the loss of each token of whole validation documents by its place in the document: a
+memory that works lowers it far beyond the window. `passkey` is the share of pass keys told right, by the
+length of the text. The measures themselves are in `experiments.measures`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from experiments import data, report, results
+from experiments.checkpoint import CheckpointError, load_model
+from experiments.config import TrainConfig, to_json
+from experiments.data.passkey import Passkey, PasskeyData
+from experiments.measures import check_positive, loss_by_position, passkey_accuracy
+from fam_jax import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Evaluates a trained model; writes a result file and a plot.
+
+    Attributes:
+        checkpoint: Folder of a run, or one checkpoint in it.
+        task: What to measure. None: passkey for a model trained on PassKey, else loss-by-position.
+        name: Name of the result. None: the run's name and the task.
+        output: Folder of the result file and the plot.
+        batch_size: Texts read side by side.
+        chunk: Tokens of a row per step.
+        source: Text for loss-by-position instead of the run's own, named as in training.
+        documents: For loss-by-position: at most so many validation documents. None: all.
+        max_tokens: For loss-by-position: read at most so many tokens of each document. None: all.
+        lengths: For passkey: lengths in blocks. None: the trained ones, and 2, 4 and 14 times the longest.
+        trials: For passkey: samples per length.
+        depth: For passkey: where the key stands. None: as in training.
+        zero_memory: For passkey: measure also with the FAM set to zero after every block.
+        seed: For passkey: of the samples.
+    """
+
+    checkpoint: Path
+    task: Literal["loss-by-position", "passkey"] | None = None
+    name: str | None = None
+    output: Path = results.DIRECTORY
+    batch_size: int = 16
+    chunk: int = 512
+    source: str | None = None
+    documents: int | None = None
+    max_tokens: int | None = None
+    lengths: tuple[int, ...] | None = None
+    trials: int = 500
+    depth: Literal["uniform", "first"] | None = None
+    zero_memory: bool = False
+    seed: int = 0
+
+
+def run(options: Options) -> tuple[results.Result, Path, Path]:
+    """Evaluates as the options say.
+
+    Returns:
+        The result, its file and its plot.
+
+    Raises:
+        ValueError: an option does not fit the model; see also `loss_by_position` and `passkey_accuracy`.
+        CheckpointError: see `load_model`.
+    """
+    start = time.perf_counter()
+    model, variables, config = load_model(options.checkpoint)
+    task = options.task or ("passkey" if isinstance(config.data, PasskeyData) else "loss-by-position")
+    if task == "passkey":
+        values, manifest, seeds = _passkey(options, model, variables, config)
+    else:
+        values, manifest, seeds = _documents(options, model, variables, config)
+    result = results.make(
+        task,
+        options.name or f"{config.name}-{task}",
+        config={"train": to_json(config), "evaluate": options},
+        seeds=seeds,
+        values=values,
+        wall_seconds=time.perf_counter() - start,
+        data=manifest,
+    )
+    file = results.write(result, options.output)
+    return result, file, report.plot(result, file.with_suffix(".png"))
+
+
+def main() -> int:
+    """The command line; returns the exit code."""
+    options = tyro.cli(Options, prog="python -m experiments.evaluate", description=Options.__doc__)
+    try:
+        result, file, figure = run(options)
+    except (ValueError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(report.table(result))
+    print(f"\nwrote {file} and {figure}")
+    return 0
+
+
+def _passkey(
+    options: Options, model: Decoder, variables: Any, config: TrainConfig
+) -> tuple[Any, Any, list[int]]:
+    """Values, data manifest and seeds of the PassKey result of a checkpoint."""
+    settings = config.data
+    if not isinstance(settings, PasskeyData):
+        raise ValueError(
+            f"task='passkey', but the run {config.name!r} was trained on text; use task=loss-by-position, "
+            "or train on PassKey first"
+        )
+    if options.depth is not None:
+        settings = dataclasses.replace(settings, depth=options.depth)
+    longest = settings.blocks[-1]
+    lengths = options.lengths or (*settings.blocks, *(longest * times for times in (2, 4, 14)))
+    curves = []
+    for zeroed in (False, True) if options.zero_memory else (False,):
+        curve = passkey_accuracy(
+            model,
+            variables,
+            Passkey(settings),
+            lengths,
+            trials=options.trials,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            zero_memory=zeroed,
+            chunk=options.chunk,
+        )
+        label = f"{config.name}, memory zeroed" if zeroed else config.name
+        curves.append({"label": label, "seed": config.seed, "depth": settings.depth, **curve})
+    marks = [{"x": longest, "label": "longest trained"}]
+    return {"curves": curves, "marks": marks}, None, [config.seed, options.seed]
+
+
+def _documents(
+    options: Options, model: Decoder, variables: Any, config: TrainConfig
+) -> tuple[Any, Any, list[int]]:
+    """Values, data manifest and seeds of the loss by position of a checkpoint."""
+    settings = config.data
+    if isinstance(settings, PasskeyData):
+        raise ValueError(
+            f"task='loss-by-position', but the run {config.name!r} was trained on PassKey, whose vocabulary "
+            "knows no text; use task=passkey"
+        )
+    if options.source is not None:
+        settings = dataclasses.replace(settings, source=options.source)
+    check_positive(documents=options.documents, max_tokens=options.max_tokens)
+    found = data.documents(settings, "validation")
+    chosen = [found[i] for i in range(min(len(found), options.documents or len(found)))]
+    curve = loss_by_position(
+        model,
+        variables,
+        [document.tokens[: options.max_tokens] for document in chosen],
+        batch_size=options.batch_size,
+        chunk=options.chunk,
+    )
+    names = {"documents": [document.name for document in chosen]}
+    values = {"curves": [{"label": config.name, "seed": config.seed, **curve, **names}]}
+    return values, data.manifest(settings), [config.seed]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+"""Measures of a trained model: loss by position in the document, PassKey accuracy by length.
+
+Texts are read in chunks of a fixed number of tokens, the state carried from chunk to chunk, so memory does
+not grow with their length, and one compiled program serves all lengths (with full attention: one length).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from tqdm import tqdm
+
+from experiments.data import check_ids
+from experiments.data.passkey import Passkey
+from fam_jax import Decoder, StreamState
+
+# Keeps the samples of evaluation apart from those of training, whatever the seeds.
+_EVALUATION = 0x6576616C
+
+
+def loss_by_position(
+    model: Decoder,
+    variables: Any,
+    documents: Sequence[np.ndarray],
+    *,
+    batch_size: int = 8,
+    chunk: int = 512,
+    edges: Sequence[int] | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Mean loss of the tokens of whole documents by their place in the document.
+
+    Args:
+        model: The decoder.
+        variables: Its parameters.
+        documents: Token ids of each document, int [t]; those of fewer than two tokens say nothing.
+        batch_size: Documents read side by side.
+        chunk: Tokens of a row per step, rounded up to whole blocks.
+        edges: Rising upper edges of the bins of positions, counted from 1; positions beyond the last are left
+            out. None: doubling, from the block size (64 with full attention) to the longest document.
+        progress: Show a progress bar.
+
+    Returns:
+        A curve for a result of kind "loss-by-position": `position` (the edges), `loss` in nats per token
+        (NaN in an empty bin) and `tokens` per bin, and per document in the given order `document_loss` and
+        `document_tokens` over all its positions. The first token of a document has no prediction.
+
+    Raises:
+        ValueError: no document has two tokens, an id is outside the vocabulary, or a size is impossible.
+    """
+    check_positive(batch_size=batch_size, chunk=chunk)
+    vocab = model.config.vocab_size
+    texts = [check_ids(text, vocab, f"document {i}") for i, text in enumerate(documents)]
+    longest = max(map(len, texts), default=0)
+    if longest < 2:
+        raise ValueError(f"none of the {len(texts)} documents has two tokens, so there is nothing to predict")
+    bins = np.asarray(_doubling(model, longest) if edges is None else edges)
+    if bins.ndim != 1 or len(bins) == 0 or (np.diff(bins) <= 0).any() or bins[0] < 1:
+        raise ValueError(f"edges={bins.tolist()} is not allowed; give rising positions from 1")
+    totals, counts = np.zeros(len(bins) + 1), np.zeros(len(bins) + 1, np.int64)
+    document_loss = np.zeros(len(texts))
+    size = _chunk_tokens(model, chunk)
+    # Documents of like length side by side: rows that are through wait for the longest.
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    with _bar(sum(len(texts[i]) for i in order), "token", progress) as bar:
+        for group in groups:
+            lengths = np.array([len(texts[i]) for i in group] + [0] * (batch_size - len(group)))
+            ids = np.zeros((batch_size, max(lengths.max(), 1)), np.int32)
+            for row, index in enumerate(group):
+                ids[row, : lengths[row]] = texts[index]
+            for start, nll, _ in _read_in_chunks(model, variables, ids[:, :-1], ids[:, 1:], size):
+                position = np.arange(start + 2, start + nll.shape[1] + 2)  # of the target, counted from 1
+                real = position <= lengths[:, None]
+                where = np.broadcast_to(np.searchsorted(bins, position), nll.shape)[real]
+                totals += np.bincount(where, nll[real], len(totals))
+                counts += np.bincount(where, minlength=len(counts))
+                document_loss[group] += np.where(real, nll, 0.0).sum(1)[: len(group)]
+                bar.update(int(np.clip(lengths - start, 0, size).sum()))
+    predicted = np.array([max(len(text) - 1, 0) for text in texts])
+    with np.errstate(invalid="ignore"):
+        return {
+            "position": bins.tolist(),
+            "loss": (totals / counts)[:-1].tolist(),
+            "tokens": counts[:-1].tolist(),
+            "document_loss": (document_loss / predicted).tolist(),
+            "document_tokens": predicted.tolist(),
+        }
+
+
+def passkey_accuracy(
+    model: Decoder,
+    variables: Any,
+    task: Passkey,
+    lengths: Sequence[int],
+    *,
+    trials: int = 500,
+    batch_size: int = 50,
+    seed: int = 0,
+    zero_memory: bool = False,
+    chunk: int = 512,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Share of samples whose whole pass key is the model's greedy answer, by length.
+
+    The key is fed as it is read (teacher forcing); all its digits are then the most likely ones exactly if
+    greedy decoding writes the key.
+
+    Args:
+        model: The decoder.
+        variables: Its parameters.
+        task: Makes the samples; where the key stands is `task.config.depth`.
+        lengths: In blocks of the task, each at least `task.config.shortest`.
+        trials: Samples per length.
+        batch_size: Samples read side by side.
+        seed: Of the samples, which do not depend on the other lengths or on the model.
+        zero_memory: The control: the FAM is set to zero after every block, so nothing passes through it. The
+            model's memory segments stay.
+        chunk: Tokens of a row per step, rounded up to whole blocks.
+        progress: Show a progress bar.
+
+    Returns:
+        A curve for a result of kind "passkey": `blocks`, `accuracy`, `correct` and `trials` per length.
+
+    Raises:
+        ValueError: a size is impossible, the model's vocabulary is too small, or there is no FAM to zero.
+    """
+    check_positive(trials=trials, batch_size=batch_size, chunk=chunk)
+    if model.config.vocab_size < task.tokenizer.vocab_size:
+        raise ValueError(
+            f"the model's vocab_size={model.config.vocab_size} is too small for PassKey, which has "
+            f"{task.tokenizer.vocab_size} ids; evaluate a model that was trained on it"
+        )
+    if zero_memory and not model.config.fam_length:
+        raise ValueError("zero_memory=True, but this model has no FAM (fam_length=0); leave it out")
+    short = [blocks for blocks in lengths if blocks < task.config.shortest]
+    if short or not lengths:
+        raise ValueError(f"lengths={list(lengths)}: each must be at least {task.config.shortest} blocks")
+    size = _chunk_tokens(model, chunk)
+    correct = []
+    batches = -(-trials // batch_size)
+    with _bar(sum(lengths) * task.config.block_size * batches * batch_size, "token", progress) as bar:
+        for blocks in lengths:
+            right = 0
+            for number in range(batches):
+                rng = np.random.default_rng([_EVALUATION, seed, blocks, number])
+                batch = task.sample(rng, batch_size, blocks)
+                good = np.ones(batch_size, bool)
+                for start, _, hit in _read_in_chunks(
+                    model, variables, batch["tokens"], batch["targets"], size, zero_memory
+                ):
+                    asked = batch["weights"][:, start : start + hit.shape[1]] > 0
+                    good &= (hit | ~asked).all(1)
+                    bar.update(hit.size)
+                right += int(
+                    good[: trials - number * batch_size].sum()
+                )  # the last batch may be more than asked
+            correct.append(right)
+    return {
+        "blocks": list(lengths),
+        "accuracy": [right / trials for right in correct],
+        "correct": correct,
+        "trials": [trials] * len(correct),
+    }
+
+
+def _read_in_chunks(
+    model: Decoder,
+    variables: Any,
+    tokens: np.ndarray,
+    targets: np.ndarray,
+    size: int,
+    zero_memory: bool = False,
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Reads rows from their beginning, `size` tokens a step.
+
+    Args:
+        model: The decoder.
+        variables: Its parameters.
+        tokens: int32 [b, t].
+        targets: The token after each: int32 [b, t].
+        size: Tokens per step, whole blocks.
+        zero_memory: Set the FAM to zero after every block.
+
+    Yields:
+        The column of the first of the step's tokens, and of each [b, up to size] the loss in nats and whether
+        the target is the most likely token.
+    """
+    rows, length = tokens.shape
+    padded = -(-length // size) * size
+    state = model.init_state(rows, padded if model.config.memory is None else None)
+    for start in range(0, length, size):
+        width = min(size, length - start)
+        # Padding only ever follows the text, so nothing that counts reads it.
+        fill = ((0, 0), (0, size - width))
+        pieces = (np.pad(array[:, start : start + width], fill) for array in (tokens, targets))
+        nll, hit, state = _read(model, zero_memory, variables, state, *pieces)
+        yield start, np.asarray(nll)[:, :width], np.asarray(hit)[:, :width]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _read(
+    model: Decoder, zero_memory: bool, variables: Any, state: StreamState, tokens: Array, targets: Array
+) -> tuple[Array, Array, StreamState]:
+    """Reads whole blocks from a block's beginning on: loss and hit of each target [b, t], and the state."""
+    aligned = model.config.memory is not None
+
+    def apply(state: StreamState, tokens: Array) -> tuple[StreamState, Array]:
+        out: Any = model.apply(variables, tokens, state, aligned=aligned)
+        return out.state, out.logits
+
+    def forget(state: StreamState, block: Array) -> tuple[StreamState, Array]:
+        state, logits = apply(state, block)
+        return dataclasses.replace(state, fam=jnp.zeros_like(state.fam)), logits
+
+    if zero_memory:
+        rows = tokens.shape[0]
+        blocks = jnp.moveaxis(tokens.reshape(rows, -1, _block(model)), 1, 0)
+        state, logits = jax.lax.scan(forget, state, blocks)
+        logits = jnp.moveaxis(logits, 0, 1).reshape(*tokens.shape, -1)
+    else:
+        state, logits = apply(state, tokens)
+    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    nll = jax.nn.logsumexp(logits, axis=-1) - target_logits
+    return nll, jnp.argmax(logits, axis=-1) == targets, state
+
+
+def _block(model: Decoder) -> int:
+    memory = model.config.memory
+    return 1 if memory is None else memory.block_size
+
+
+def _chunk_tokens(model: Decoder, wanted: int) -> int:
+    return -(-wanted // _block(model)) * _block(model)
+
+
+def _doubling(model: Decoder, longest: int) -> list[int]:
+    edges = [64 if model.config.memory is None else model.config.memory.block_size]
+    while edges[-1] < longest:
+        edges.append(2 * edges[-1])
+    return edges
+
+
+def _bar(total: int, unit: str, progress: bool) -> tqdm:
+    """A progress bar, shown on terminals only."""
+    return tqdm(total=total, unit=unit, unit_scale=True, disable=None if progress else True, leave=False)
+
+
+def check_positive(**sizes: int | None) -> None:
+    """Raises a ValueError that names the first size below 1; None stands for no limit."""
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} is not allowed; it must be at least 1")

@@ -1,0 +1,312 @@
+"""Result files: one JSON file per measurement, with all that is needed to judge and to repeat it.
+
+A table or a plot is made from these files by `experiments.report` and from nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+SCHEMA = 1
+ROOT = Path(__file__).resolve().parent.parent
+DIRECTORY = Path(__file__).resolve().parent / "results"
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "tensorflow-datasets",
+    "grain",
+    "array_record",
+    "numpy",
+)
+
+
+class ResultError(ValueError):
+    """A result file that cannot be used. The message names the file, the field and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One measurement and its circumstances; the fields of the JSON file.
+
+    Attributes:
+        kind: What was measured; decides how `experiments.report` shows it.
+        name: Which one: the name of the file and the title of its table.
+        config: Every setting that shaped the numbers.
+        seeds: All seeds used.
+        values: The raw numbers; the kinds of `experiments.report` say what they hold. Not-a-number and
+            infinity are stored as null.
+        wall_seconds: How long the measurement took.
+        data: What the data is made of: packages or files with versions and hashes. None for synthetic tasks.
+        command: The command line that made it.
+        commit: `hash` of the checkout's commit and whether it was `dirty`; both None outside a git checkout.
+        hardware: `cpu` model, `cores` usable, `devices` by kind and number, `platform` of JAX.
+        versions: Python and the packages that matter.
+        time: When it was written: ISO 8601, UTC.
+        schema: Version of this format.
+    """
+
+    kind: str
+    name: str
+    config: dict[str, Any]
+    seeds: list[int]
+    values: dict[str, Any]
+    wall_seconds: float
+    data: dict[str, Any] | None
+    command: str
+    commit: dict[str, Any]
+    hardware: dict[str, Any]
+    versions: dict[str, str]
+    time: str
+    schema: int = SCHEMA
+
+
+# What a field of the file may be; bool is an int to Python, but never a right value here.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "kind": (str,),
+    "name": (str,),
+    "config": (dict,),
+    "seeds": (list,),
+    "values": (dict,),
+    "wall_seconds": (int, float),
+    "data": (dict, type(None)),
+    "command": (str,),
+    "commit": (dict,),
+    "hardware": (dict,),
+    "versions": (dict,),
+    "time": (str,),
+    "schema": (int,),
+}
+
+
+def make(
+    kind: str,
+    name: str,
+    *,
+    config: Any,
+    seeds: Sequence[int],
+    values: Mapping[str, Any],
+    wall_seconds: float,
+    data: Mapping[str, Any] | None = None,
+    command: str | None = None,
+) -> Result:
+    """Makes a result of this run: adds the commit, the hardware, the versions and the time.
+
+    Args:
+        kind: See `Result`; so for all others.
+        name: Also the file's name, so it may hold letters, digits, `.`, `_` and `-` only.
+        config: A dataclass or a mapping.
+        seeds: All seeds used.
+        values: May hold dataclasses, arrays and NumPy scalars.
+        wall_seconds: Seconds.
+        data: The manifest of the data.
+        command: None: that of this process.
+
+    Raises:
+        ResultError: `name` is no file name, or something in config, values or data has no JSON form.
+    """
+    if not name or not all(c.isalnum() or c in "._-" for c in name) or name.startswith("."):
+        raise ResultError(
+            f"name={name!r} cannot name a result file; use letters, digits, '.', '_' and '-', no '.' first"
+        )
+    return Result(
+        kind=kind,
+        name=name,
+        config=to_json(config, "config"),
+        seeds=[int(seed) for seed in seeds],
+        values=to_json(values, "values"),
+        wall_seconds=round(float(wall_seconds), 3),
+        data=None if data is None else to_json(data, "data"),
+        command=command if command is not None else command_line(),
+        commit=commit(),
+        hardware=hardware(),
+        versions=versions(),
+        time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def write(result: Result, path: str | Path | None = None) -> Path:
+    """Writes a result whole or not at all.
+
+    Args:
+        result: What to write.
+        path: The file. A path that does not end in `.json` is a folder, where the result's name names the
+            file. None: `experiments/results`.
+
+    Returns:
+        The file's path. An existing file is replaced.
+    """
+    target = Path(path) if path is not None else DIRECTORY
+    if target.suffix != ".json":
+        target = target / f"{result.name}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(dataclasses.asdict(result), indent=1, allow_nan=False) + "\n"
+    # A crash leaves the old file or the new one: the new one appears by renaming within the folder.
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp lets nobody else read
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def read(path: str | Path) -> Result:
+    """Reads a result file and checks its form.
+
+    Raises:
+        ResultError: the file is missing or no JSON, or a field is missing, unknown or of a wrong type, or the
+            schema version is another. The message names the file and the field.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ResultError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except ValueError as error:
+        raise ResultError(f"{path}: not a JSON file ({error}); run the command again that made it") from None
+    if not isinstance(content, dict):
+        raise ResultError(f"{path}: not a result file: it holds a {type(content).__name__}, not an object")
+    for field, types in _TYPES.items():
+        if field not in content:
+            raise ResultError(f"{path}: field {field!r} is missing; was it written by experiments.results?")
+        value = content[field]
+        if isinstance(value, bool) or not isinstance(value, types):
+            raise ResultError(
+                f"{path}: field {field!r} is a {type(value).__name__}, but must be "
+                + " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
+            )
+    if content["schema"] != SCHEMA:
+        raise ResultError(
+            f"{path}: field 'schema' is {content['schema']}, but this version reads {SCHEMA}; use the "
+            f"code that wrote it (commit {content['commit'].get('hash')})"
+        )
+    unknown = sorted(set(content) - set(_TYPES))
+    if unknown:
+        raise ResultError(f"{path}: unknown field {unknown[0]!r}; remove it or raise the schema version")
+    return Result(**content)
+
+
+def find(paths: Sequence[str | Path]) -> list[Path]:
+    """The JSON files among `paths` and, in name order, those below folders among them.
+
+    Raises:
+        ResultError: a path does not exist, or a folder holds no JSON file.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(path.rglob("*.json"))
+            if not inside:
+                raise ResultError(f"{path}: no result file in this folder; experiments.evaluate makes some")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise ResultError(f"{path}: there is no such file or folder; check the path")
+    return found
+
+
+def to_json(value: Any, where: str = "value") -> Any:
+    """Turns dataclasses, arrays, NumPy scalars, tuples and paths into what JSON can hold.
+
+    Floats that are not finite become None, as JSON has no word for them.
+
+    Raises:
+        ResultError: something has no JSON form; the message says where.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return to_json(fields, where)
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        return to_json(np.asarray(value).tolist(), where)
+    if isinstance(value, (list, tuple)):
+        return [to_json(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    raise ResultError(
+        f"{where} is a {type(value).__name__}, which has no JSON form; give numbers, text, lists"
+    )
+
+
+def command_line() -> str:
+    """The command that started this process, as `python -m MODULE ...` where that is how it was started."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    name = getattr(spec, "name", None)
+    start = ["python", "-m", name.removesuffix(".__main__")] if name else ["python", Path(sys.argv[0]).name]
+    return shlex.join([*start, *sys.argv[1:]])
+
+
+def commit() -> dict[str, Any]:
+    """The checkout's commit and whether tracked files differ from it."""
+    try:
+        head = _git("rev-parse", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return {"hash": None, "dirty": None}
+    return {"hash": head, "dirty": bool(changed)}
+
+
+def hardware() -> dict[str, Any]:
+    """The machine: CPU model, usable cores, and JAX's devices."""
+    devices = jax.devices()
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "platform": devices[0].platform,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages that shape the numbers."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git(*arguments: str) -> str:
+    git = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(git, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()

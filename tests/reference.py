@@ -1,0 +1,276 @@
+"""The decoder written a second time, for reading: NumPy float64, one row, one token and one head at a time.
+
+`dense_decoder` is an ordinary Transformer with an explicit [t, t] mask; it covers full causal attention, BSWA and the
+Transformer-XL window. `fam_decoder` is Algorithm 2 of arXiv 2404.09173 as a plain loop over blocks, layers and tokens.
+Both work with absolute positions only: block-local positions must give the same numbers, because rotary attention reads
+differences. They read the parameter tree of `fam_jax` and nothing else of it. The second half of the file builds models
+for the tests.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fam_jax import Decoder, DecoderConfig, MemoryConfig
+
+Array = np.ndarray
+
+# ----------------------------------------------------------------------------------------------------------- pieces
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * scale
+
+
+def rotate(x: Array, positions: Array, base: float) -> Array:
+    """Rotary embedding of x [t, heads, k] in the rotate-half convention."""
+    half = x.shape[-1] // 2
+    angle = np.asarray(positions, np.float64)[:, None, None] * base ** (-2.0 * np.arange(half) / x.shape[-1])
+    first, second = x[..., :half], x[..., half:]
+    return np.concatenate(
+        [first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)], axis=-1
+    )
+
+
+def attend(query: Array, keys: Array, values: Array) -> Array:
+    """One query [h, k] over keys and values [n, g, k]; returns [h, k]."""
+    heads, kv_heads = query.shape[0], keys.shape[1]
+    out = np.zeros_like(query)
+    for h in range(heads):
+        g = h // (heads // kv_heads)
+        scores = keys[:, g] @ query[h] / np.sqrt(query.shape[1])
+        weights = np.exp(scores - scores.max())
+        out[h] = weights @ values[:, g] / weights.sum()
+    return out
+
+
+def feed_forward(w: dict[str, Array], x: Array) -> Array:
+    gate = x @ w["w_gate"]
+    return (gate / (1.0 + np.exp(-gate)) * (x @ w["w_up"])) @ w["w_down"]
+
+
+def project(w: dict[str, Array], config: Any, x: Array, key_pos: Array, query_pos: Array | None = None):
+    """Normalised and projected x [t, d]: rotated queries [t, h, k], rotated keys and plain values [t, g, k]."""
+    y = rms_norm(x, w["attn_norm"], config.norm_eps)
+    q, k, v = (np.einsum("td,dhk->thk", y, w[name]) for name in ("wq", "wk", "wv"))
+    query_pos = key_pos if query_pos is None else query_pos
+    return rotate(q, query_pos, config.rope_base), rotate(k, key_pos, config.rope_base), v
+
+
+def finish(w: dict[str, Array], config: Any, x: Array, attended: Array, residual: Array) -> Array:
+    """The rest of a layer whose input was x [t, d], after attention gave [t, h, k]."""
+    attention = np.einsum("thk,hkd->td", attended, w["wo"])
+    if config.parallel_block:
+        return residual + attention + feed_forward(w, rms_norm(x, w["attn_norm"], config.norm_eps))
+    middle = attention + residual
+    return feed_forward(w, rms_norm(middle, w["ff_norm"], config.norm_eps)) + middle
+
+
+def layers_of(params: dict[str, Any], config: Any) -> list[dict[str, Array]]:
+    return [
+        {name: np.asarray(w, np.float64)[l] for name, w in params["layers"].items()} for l in range(config.num_layers)
+    ]
+
+
+def logits_of(params: dict[str, Any], config: Any, x: Array) -> Array:
+    table = params["embed"].T if config.tie_embeddings else params["unembed"]
+    return rms_norm(x, np.asarray(params["final_norm"], np.float64), config.norm_eps) @ np.asarray(table, np.float64)
+
+
+# ------------------------------------------------------------------------------------------- dense masked attention
+
+
+def visible(memory: Any, length: int) -> Array:
+    """Which key (column) every query (row) may read: full causal, BSWA, and BSWA under a window. bool [t, t]."""
+    q, k = np.indices((length, length))
+    mask = k <= q
+    if memory is not None:
+        mask &= q // memory.block_size - k // memory.block_size <= memory.segments
+        if memory.window is not None:
+            mask &= q - k < memory.window
+    return mask
+
+
+def dense_decoder(params: dict[str, Any], config: Any, tokens: Array) -> Array:
+    """Logits [t, v] of tokens [t] by attention over the whole sequence under an explicit mask."""
+    mask = visible(config.memory, len(tokens))
+    x = np.asarray(params["embed"], np.float64)[tokens]
+    for w in layers_of(params, config):
+        q, k, v = project(w, config, x, np.arange(len(tokens)))
+        attended = np.stack([attend(q[t], k[mask[t]], v[mask[t]]) for t in range(len(tokens))])
+        x = finish(w, config, x, attended, x)
+    return logits_of(params, config, x)
+
+
+# ------------------------------------------------------------------------------------------------------ Algorithm 2
+
+
+def fam_slots(memory: Any, start: float, first: bool, offset: float) -> tuple[Array, Array]:
+    """Rotary positions of the FAM rows as keys and as queries, in the block whose first token is at `start`."""
+    rows = np.arange(memory.fam_length)
+
+    def after(end: float) -> Array:  # the rows that have compressed the block whose last token is at `end`
+        if memory.fam_positions == "fractional":
+            return end + (rows + 1) / (memory.fam_length + 1)
+        return end + 1 - memory.fam_length + rows
+
+    if memory.fam_positions == "zero":
+        return np.zeros(memory.fam_length), np.zeros(memory.fam_length)
+    keys = after(start - 1)
+    if first:
+        keys = rows if memory.prompt_positions == "pinned" else offset - memory.fam_length + rows
+    return keys, after(start + memory.block_size - 1) if memory.fam_query == "new" else keys
+
+
+def prompt_stream(params: dict[str, Any], config: Any, layers: list[dict[str, Array]]) -> list[Array]:
+    """The learned prompt climbs the layers, its rows attending to one another only: F_0 of every layer."""
+    if not config.memory.fam_length:
+        return [np.zeros((0, config.d_model))] * len(layers)
+    x = np.asarray(params["fam_prompt"], np.float64)
+    slots, _ = fam_slots(config.memory, 0, True, 0.0)
+    out = []
+    for w in layers:
+        out.append(x)
+        q, k, v = project(w, config, x, slots)
+        x = finish(w, config, x, np.stack([attend(row, k, v) for row in q]), x)
+    return out
+
+
+class Read(NamedTuple):
+    """What `fam_decoder` returns."""
+
+    logits: Array  # [t, v]
+    fam: list[Array]  # FAM of all layers [L, N, d] at the start and after every complete block
+
+
+def fam_decoder(
+    params: dict[str, Any], config: Any, tokens: Array, initial: Array | None = None, offset: float = 0.0
+) -> Read:
+    """Algorithm 2 over one document.
+
+    Args:
+        params: parameter tree.
+        config: decoder configuration, with a block memory.
+        tokens: int [t].
+        initial: stored FAM [L, N, d] to start from (Random State Passing); None starts from the learned prompt.
+        offset: position of the first token (Random Position Offset).
+    """
+    memory, size = config.memory, config.memory.block_size
+    layers = layers_of(params, config)
+    fam = prompt_stream(params, config, layers) if initial is None else [np.asarray(f, np.float64) for f in initial]
+    without_residual = initial is None and memory.first_residual == "zero"
+    ring: list[list[tuple[Array, Array, Array]]] = [[] for _ in layers]  # positions, keys, values of past blocks
+    embed = np.asarray(params["embed"], np.float64)
+    history, outputs = [np.array(fam)], []
+    for begin in range(0, len(tokens), size):
+        x = embed[tokens[begin : begin + size]]
+        positions = offset + begin + np.arange(len(x))
+        key_slots, query_slots = fam_slots(memory, offset + begin, begin == 0, offset)
+        updated = []
+        for l, w in enumerate(layers):
+            q, k, v = project(w, config, x, positions)
+            fam_q, fam_k, fam_v = project(w, config, fam[l], key_slots, query_slots)
+            past = ring[l][len(ring[l]) - memory.segments :] if memory.segments < len(ring[l]) else ring[l]
+            rows = []
+            for t in range(len(x)):
+                seen = [*past, (positions[: t + 1], k[: t + 1], v[: t + 1])]
+                keys, values = [fam_k], [fam_v]
+                for where, block_k, block_v in seen:
+                    near = np.full(len(where), True)
+                    if memory.window is not None:
+                        near = positions[t] - where < memory.window
+                    keys.append(block_k[near])
+                    values.append(block_v[near])
+                rows.append(attend(q[t], np.concatenate(keys), np.concatenate(values)))
+            if len(x) == size and memory.fam_length:
+                keys, values = np.concatenate([fam_k, k]), np.concatenate([fam_v, v])
+                read = np.stack([attend(row, keys, values) for row in fam_q])
+                residual = np.zeros_like(fam[l]) if begin == 0 and without_residual else fam[l]
+                updated.append(finish(w, config, fam[l], read, residual))
+            x = finish(w, config, x, np.stack(rows), x)
+            ring[l].append((positions, k, v))
+        outputs.append(logits_of(params, config, x))
+        if updated:
+            fam = updated
+            history.append(np.array(fam))
+    return Read(np.concatenate(outputs), history)
+
+
+# ------------------------------------------------------------------------------------------------ models under test
+
+SIZES = dict(vocab_size=29, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24)
+B, N = 4, 2
+
+
+def decoder_config(memory: dict[str, Any] | None = None, **changes: Any) -> DecoderConfig:
+    """A tiny decoder in float64; `memory` holds changes to a BSWA of one segment, None is full attention."""
+    block = None if memory is None else MemoryConfig(**{"block_size": B, **memory})
+    return DecoderConfig(**{**SIZES, "dtype": "float64", "param_dtype": "float64", "memory": block, **changes})
+
+
+def fam_config(memory: dict[str, Any] | None = None, **changes: Any) -> DecoderConfig:
+    """The same with FAM of N rows."""
+    return decoder_config({"fam_length": N, **(memory or {})}, **changes)
+
+
+def model_shapes(config: DecoderConfig) -> Any:
+    return jax.eval_shape(Decoder(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 3), jnp.int32))
+
+
+def random_params(config: DecoderConfig, seed: int = 0) -> Any:
+    """Parameters in which nothing is at its initial value: norm scales differ from 1, everything has an effect."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: Any, leaf: Any) -> Array:
+        name = str(path[-1].key)
+        normal = rng.standard_normal(leaf.shape)
+        if name.endswith("norm"):
+            value = 1.0 + 0.3 * normal
+        elif name in ("embed", "fam_prompt"):
+            value = normal
+        else:
+            fan_in = leaf.shape[1] * leaf.shape[2] if name == "wo" else leaf.shape[-2 if leaf.ndim < 4 else 1]
+            value = 1.3 * normal / np.sqrt(fan_in)
+        return value.astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, model_shapes(config)["params"])
+
+
+@functools.cache
+def params_of(config: DecoderConfig) -> Any:
+    return random_params(config)
+
+
+@functools.cache
+def runner(config: DecoderConfig) -> Any:
+    """`Decoder(config).apply`, compiled; called as runner(config)(params, tokens, **kwargs)."""
+    model = Decoder(config)
+
+    def run(params: Any, tokens: Any, aligned: bool = False, **kwargs: Any) -> Any:
+        return model.apply({"params": params}, tokens, aligned=aligned, **kwargs)
+
+    return jax.jit(run, static_argnames="aligned")
+
+
+def some_tokens(*shape: int, seed: int = 0, vocab: int = SIZES["vocab_size"]) -> Array:
+    return np.random.default_rng(seed).integers(0, vocab, shape).astype(np.int32)
+
+
+def assert_close(got: Any, want: Any, tolerance: float = 1e-10, what: str = "") -> None:
+    """max|got - want| <= tolerance * max|want|, the project's meaning of "within"."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape, f"{what}: shape {got.shape}, not {want.shape}"
+    error, scale = np.max(np.abs(got - want), initial=0.0), np.max(np.abs(want), initial=0.0)
+    assert error <= tolerance * scale, f"{what}: off by {error:.3g} where the largest value is {scale:.3g}"
+
+
+def assert_trees_close(got: Any, want: Any, tolerance: float = 1e-10) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        if np.asarray(b).dtype.kind in "biu":
+            np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+        else:
+            assert_close(a, b, tolerance, jax.tree_util.keystr(path))

@@ -1,0 +1,136 @@
+"""Configurations: frozen and hashable, and an impossible value is an error that names the field and the value."""
+
+import dataclasses
+import pickle
+
+import pytest
+from tests.reference import SIZES, decoder_config, fam_config
+
+from fam_jax import DecoderConfig, MemoryConfig
+
+NAN = float("nan")
+
+BAD_MEMORY = [
+    ("block_size", 0, {}),
+    ("block_size", -4, {}),
+    ("block_size", 2.5, {}),
+    ("segments", -1, {}),
+    ("segments", 1.5, {}),
+    ("fam_length", -1, {}),
+    ("fam_length", 5, {}),  # longer than the block of 4
+    ("positions", "relative", {}),
+    ("fam_positions", "first", {}),
+    ("fam_positions", "zero", {"positions": "local", "fam_length": 2}),
+    ("fam_query", "middle", {}),
+    ("prompt_positions", "after", {}),
+    ("prompt_positions", "pinned", {"positions": "local", "fam_length": 2}),
+    ("first_residual", "one", {}),
+    ("stop_gradient", "yes", {}),
+    ("window", 0, {}),
+    ("window", -2, {}),
+    ("window", 6, {}),  # more than one segment of 4 and the token itself
+    ("window", 2.5, {}),
+    ("noise", -0.1, {"fam_length": 2}),
+    ("noise", NAN, {"fam_length": 2}),
+    ("noise", float("inf"), {"fam_length": 2}),
+    ("rsp", -0.1, {"fam_length": 2}),
+    ("rsp", 1.01, {"fam_length": 2}),
+    ("rsp", NAN, {"fam_length": 2}),
+    ("rpo", True, {"positions": "local", "fam_length": 2}),
+    ("rpo", "yes", {"positions": "absolute", "fam_length": 2}),
+]
+
+BAD_DECODER = [
+    *((name, 0) for name in SIZES),
+    *((name, -2) for name in SIZES),
+    *((name, 4.5) for name in SIZES),
+    ("num_kv_heads", 3),  # does not divide four heads
+    ("num_kv_heads", 8),
+    ("head_dim", 5),  # rotary turns pairs
+    ("memory", "fam"),
+    ("schedule", "wave"),
+    ("parallel_block", "yes"),
+    ("tie_embeddings", "yes"),
+    ("rope_base", 0.0),
+    ("rope_base", -1.0),
+    ("rope_base", NAN),
+    ("norm_eps", -1e-6),
+    ("norm_eps", NAN),
+    ("dtype", "float7"),
+    ("dtype", "int32"),
+    ("param_dtype", "int32"),
+    ("param_dtype", "complex64"),
+    ("remat", "yes"),
+    ("scan_layers", "yes"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "others"), BAD_MEMORY)
+def test_bad_memory_config(field, value, others):
+    with pytest.raises(ValueError, match=field) as caught:
+        MemoryConfig(**{"block_size": 4, **others, field: value})
+    assert str(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(("field", "value"), BAD_DECODER)
+def test_bad_decoder_config(field, value):
+    with pytest.raises(ValueError, match=field) as caught:
+        DecoderConfig(**{**SIZES, field: value})
+    assert str(value) in str(caught.value)
+
+
+def test_every_field_is_tried():
+    """A field without an impossible value in these tables is one that nobody checks."""
+    assert {field for field, *_ in BAD_MEMORY} == {field.name for field in dataclasses.fields(MemoryConfig)}
+    assert {field for field, _ in BAD_DECODER} == {field.name for field in dataclasses.fields(DecoderConfig)}
+
+
+def test_limits_are_allowed():
+    MemoryConfig(block_size=1, segments=0, fam_length=1, window=1)
+    MemoryConfig(block_size=4, segments=2, fam_length=4, window=9, rsp=1.0)
+    MemoryConfig(block_size=4, fam_length=2, positions="absolute", fam_positions="zero", rpo=True)
+    DecoderConfig(**{**SIZES, "num_layers": 1, "num_kv_heads": 1, "head_dim": 2, "vocab_size": 1})
+
+
+def test_defaults():
+    memory = MemoryConfig(block_size=8)
+    assert (memory.segments, memory.fam_length, memory.positions, memory.fam_positions) == (
+        1,
+        0,
+        "local",
+        "last",
+    )
+    assert (memory.fam_query, memory.prompt_positions, memory.first_residual) == ("new", "before", "zero")
+    assert (memory.stop_gradient, memory.window, memory.noise, memory.rsp, memory.rpo) == (
+        False,
+        None,
+        0.0,
+        0.0,
+        False,
+    )
+    config = DecoderConfig(**SIZES)
+    assert (config.memory, config.schedule, config.parallel_block, config.tie_embeddings) == (
+        None,
+        "layer",
+        False,
+        True,
+    )
+    assert (config.rope_base, config.norm_eps, config.dtype, config.param_dtype) == (
+        10_000.0,
+        1e-6,
+        "float32",
+        "float32",
+    )
+    assert (config.remat, config.scan_layers) == (False, True)
+
+
+def test_configs_are_frozen_values():
+    config = fam_config()
+    assert config == fam_config()
+    assert hash(config) == hash(fam_config())
+    assert config != decoder_config({})
+    assert pickle.loads(pickle.dumps(config)) == config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.d_model = 32
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.memory.segments = 2

@@ -1,0 +1,223 @@
+"""The decoder against independent code: dense masked attention, and a plain loop over the paper's Algorithm 2."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from tests.reference import (
+    B,
+    N,
+    assert_close,
+    decoder_config,
+    dense_decoder,
+    fam_config,
+    fam_decoder,
+    params_of,
+    random_params,
+    rms_norm,
+    runner,
+    some_tokens,
+)
+
+SCHEDULES = ("layer", "block")
+T = 4 * B + 3  # an odd length: four whole blocks and an open one
+TOKENS = some_tokens(2, T, seed=1)
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+DENSE = {
+    "full": decoder_config(),
+    "full, multi-head, parallel, untied": decoder_config(
+        num_kv_heads=4, parallel_block=True, tie_embeddings=False
+    ),
+    "full, multi-query, base 100": decoder_config(num_kv_heads=1, rope_base=100.0, norm_eps=1e-3),
+    "bswa 0": decoder_config({"segments": 0}),
+    "bswa 1": decoder_config({"segments": 1}),
+    "bswa 2, parallel, multi-query": decoder_config({"segments": 2}, parallel_block=True, num_kv_heads=1),
+    "bswa 3, absolute": decoder_config({"segments": 3, "positions": "absolute"}),
+    "bswa 1, gradient stopped": decoder_config({"stop_gradient": True}),
+    "bswa 6, longer than the text": decoder_config({"segments": 6}),
+    "window B": decoder_config({"window": B}),
+    "window 2B+1 of 2": decoder_config({"segments": 2, "window": 2 * B + 1, "positions": "absolute"}),
+    "window 1": decoder_config({"segments": 0, "window": 1}),
+    "blocks of one token": decoder_config({"block_size": 1, "segments": 3}),
+}
+
+FAM = {
+    "default": fam_config(),
+    "no segments": fam_config({"segments": 0}),
+    "two segments, multi-query, parallel": fam_config({"segments": 2}, num_kv_heads=1, parallel_block=True),
+    "multi-head, untied, absolute": fam_config(
+        {"positions": "absolute"}, num_kv_heads=4, tie_embeddings=False
+    ),
+    "old query slot": fam_config({"fam_query": "old"}),
+    "old query slot, absolute, pinned": fam_config(
+        {"fam_query": "old", "positions": "absolute", "prompt_positions": "pinned"}
+    ),
+    "fractional": fam_config({"fam_positions": "fractional"}),
+    "fractional, absolute, old query slot": fam_config(
+        {"fam_positions": "fractional", "positions": "absolute", "fam_query": "old", "fam_length": 3}
+    ),
+    "zero": fam_config({"fam_positions": "zero", "positions": "absolute"}),
+    "pinned": fam_config({"prompt_positions": "pinned", "positions": "absolute"}),
+    "pinned, fractional": fam_config(
+        {"prompt_positions": "pinned", "positions": "absolute", "fam_positions": "fractional"}
+    ),
+    "first residual kept": fam_config({"first_residual": "fam"}),
+    "first residual kept, parallel": fam_config({"first_residual": "fam"}, parallel_block=True),
+    "gradient stopped": fam_config({"stop_gradient": True}),
+    "window": fam_config({"window": 3}),
+    "as many rows as tokens": fam_config({"fam_length": B, "segments": 0}),
+    "one row, three layers": fam_config({"fam_length": 1}, num_layers=3),
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_attention_without_fam_equals_dense_masked_attention(name, x64):
+    config = DENSE[name]
+    params = params_of(config)
+    want = np.stack([dense_decoder(params, config, row) for row in TOKENS])
+    # Full attention has no blocks: the schedule says nothing there.
+    for schedule in SCHEDULES if config.memory else ("layer",):
+        out = runner(dataclasses.replace(config, schedule=schedule))(params, TOKENS)
+        assert_close(out.logits, want, 1e-10, schedule)
+
+
+@pytest.mark.parametrize("name", FAM)
+def test_fam_equals_the_loop_over_algorithm_2(name, x64):
+    config = FAM[name]
+    params = params_of(config)
+    want = [fam_decoder(params, config, row) for row in TOKENS]
+    for schedule in SCHEDULES:
+        out = runner(dataclasses.replace(config, schedule=schedule))(params, TOKENS)
+        assert_close(out.logits, np.stack([read.logits for read in want]), 1e-10, f"{schedule}, logits")
+        assert_close(
+            out.state.fam, np.stack([read.fam[-1] for read in want], axis=1), 1e-10, f"{schedule}, fam"
+        )
+
+
+def test_the_two_references_agree_where_both_apply():
+    """Else one of them is wrong: without FAM rows the loop is BSWA."""
+    for name in (
+        "bswa 0",
+        "bswa 2, parallel, multi-query",
+        "window 2B+1 of 2",
+        "bswa 6, longer than the text",
+    ):
+        config = DENSE[name]
+        with jax.enable_x64(True):
+            params = params_of(config)
+        assert_close(
+            fam_decoder(params, config, TOKENS[0]).logits,
+            dense_decoder(params, config, TOKENS[0]),
+            1e-12,
+            name,
+        )
+
+
+def test_the_state_after_every_length_is_that_of_the_loop(x64):
+    """FAM, counters and freshness after 0 to 2B+1 tokens; a ragged block never updates FAM."""
+    config = fam_config()
+    params = params_of(config)
+    length = 2 * B + 1
+    rows = np.repeat(TOKENS[:1, :length], length + 1, axis=0)
+    taken = np.arange(length + 1)
+    for schedule in SCHEDULES:
+        state = runner(dataclasses.replace(config, schedule=schedule))(params, rows, lengths=taken).state
+        history = fam_decoder(params, config, rows[0]).fam
+        for count in taken:
+            # A fresh row reads the learned prompt, whatever its own slot of state.fam holds.
+            if count >= B:
+                assert_close(state.fam[:, count], history[count // B], 1e-10, f"{schedule}, after {count}")
+        np.testing.assert_array_equal(state.offset, taken % B)
+        np.testing.assert_array_equal(state.blocks, taken // B)
+        np.testing.assert_array_equal(state.fresh, taken < B)
+
+
+def test_gradients_equal_finite_differences_of_the_loop(x64):
+    """The directional derivative by central differences of independent code, and by automatic differentiation."""
+    config = fam_config({"segments": 1})
+    params, direction = params_of(config), random_params(config, seed=5)
+    tokens = TOKENS[0, : 2 * B + 2]
+    weights = np.random.default_rng(6).standard_normal((len(tokens), config.vocab_size))
+
+    def moved(step):
+        return jax.tree.map(lambda p, q: np.asarray(p + step * q), params, direction)
+
+    def loss(step):
+        return float(np.sum(weights * fam_decoder(moved(step), config, tokens).logits))
+
+    def model_loss(p):
+        return (weights * runner(config)(p, tokens[None]).logits[0]).sum()
+
+    step = 1e-5
+    want = (loss(step) - loss(-step)) / (2 * step)
+    gradient = jax.jit(jax.grad(model_loss))(params)
+    got = sum(float(np.sum(g * q)) for g, q in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
+    assert got == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "tolerance"),
+    [
+        (fam_config(dtype="float32", param_dtype="float32"), 1e-5),
+        (fam_config(dtype="float32", param_dtype="float32", schedule="block", parallel_block=True), 1e-5),
+        (decoder_config(dtype="float32", param_dtype="float32"), 1e-5),
+        (fam_config(dtype="bfloat16", param_dtype="float32"), 2e-2),
+        (fam_config(dtype="bfloat16", param_dtype="float32", schedule="block"), 2e-2),
+        (fam_config({"segments": 0}, dtype="bfloat16", param_dtype="bfloat16"), 2e-2),
+    ],
+    ids=["fam-f32", "fam-f32-block-parallel", "full-f32", "fam-bf16", "fam-bf16-block", "fam-all-bf16"],
+)
+def test_lower_precisions_stay_within_their_tolerance(config, tolerance):
+    params = params_of(config)
+    with jax.default_matmul_precision("highest"):
+        out = runner(config)(params, TOKENS)
+    assert out.logits.dtype == np.float32
+    for leaf in jax.tree.leaves(params):
+        assert leaf.dtype == config.param_dtype
+    want = [(fam_decoder if config.memory else dense_decoder)(params, config, row) for row in TOKENS]
+    want = np.stack([read.logits if config.memory else read for read in want])
+    assert_close(out.logits, want, tolerance)
+
+
+@pytest.mark.parametrize("parallel", [False, True], ids=["serial", "parallel"])
+def test_first_update_of_one_layer_by_hand(parallel, x64):
+    """One layer, one block, one FAM row and everything written out: `F_1 = FF(norm(A)) + A` without residual."""
+    config = fam_config(
+        {"fam_length": 1, "segments": 0}, num_layers=1, parallel_block=parallel, num_kv_heads=4
+    )
+    params = params_of(config)
+    w = {name: leaf[0] for name, leaf in params["layers"].items()}
+    tokens = TOKENS[:1, :B]
+
+    def norm(x, scale):
+        return rms_norm(x, scale, config.norm_eps)
+
+    def turn(x, position):  # head width 4: two pairs, turned by position and by position / base^(1/2)
+        angles = position * np.array([1.0, config.rope_base**-0.5])
+        pairs = (x[..., :2] + 1j * x[..., 2:]) * np.exp(1j * angles)
+        return np.concatenate([pairs.real, pairs.imag], axis=-1)
+
+    prompt = params["fam_prompt"][0]
+    rows = np.concatenate([params["fam_prompt"], params["embed"][tokens[0]]])
+    y = norm(rows, w["attn_norm"])
+    keys = np.stack([turn(np.einsum("d,dgk->gk", y[i], w["wk"]), i - 1) for i in range(B + 1)])
+    values = np.einsum("nd,dgk->ngk", y, w["wv"])
+    query = turn(np.einsum("d,dhk->hk", y[0], w["wq"]), B - 1)  # the last slot of the block being compressed
+    weights = np.exp(np.einsum("hk,nhk->hn", query, keys) / np.sqrt(config.head_dim))
+    read = np.einsum("hn,nhk->hk", weights / weights.sum(1, keepdims=True), values)
+    attention = np.einsum("hk,hkd->d", read, w["wo"])
+    z = norm(prompt, w["attn_norm"]) if parallel else norm(attention, w["ff_norm"])
+    gate = z @ w["w_gate"]
+    want = attention + ((gate / (1 + np.exp(-gate))) * (z @ w["w_up"])) @ w["w_down"]
+    for schedule in SCHEDULES:
+        state = runner(dataclasses.replace(config, schedule=schedule))(params, tokens).state
+        assert_close(state.fam[0, 0, 0], want, 1e-10, schedule)
+    assert N > 1  # the other tests have more rows than this one

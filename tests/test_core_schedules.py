@@ -1,0 +1,237 @@
+"""One function, several execution orders: schedules, scanned and unrolled layers, remat; and the degenerate cases."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.reference import (
+    B,
+    N,
+    assert_close,
+    assert_trees_close,
+    decoder_config,
+    fam_config,
+    model_shapes,
+    params_of,
+    random_params,
+    runner,
+    some_tokens,
+)
+
+from fam_jax import Decoder, presets
+
+T = 2 * B + 1
+TOKENS = some_tokens(2, T + B + 2, seed=2)
+STATE_FIELDS = ("fam", "segment_k", "segment_v", "open_k", "open_v")
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def values_and_gradients(config, dtype=np.float64):
+    """Logits, next FAM, and gradients by the parameters and by every array of a passed state."""
+    params = jax.tree.map(lambda p: p.astype(dtype), params_of(dataclasses.replace(config, schedule="layer")))
+    # A state with a past of more than a block and, in each row, an open block of another length.
+    state = runner(config)(params, TOKENS[:, : B + 2], lengths=np.array([B + 2, B - 1])).state
+    rng = np.random.default_rng(3)
+    weights = rng.standard_normal((2, T, config.vocab_size)).astype(dtype)
+    fam_weights = rng.standard_normal(np.shape(state.fam)).astype(dtype)
+
+    def loss(p, floats):
+        out = Decoder(config).apply(
+            {"params": p}, TOKENS[:, B + 2 : B + 2 + T], state=state.replace(**floats)
+        )
+        return jnp.sum(out.logits * weights) + jnp.sum(out.state.fam * fam_weights), (
+            out.logits,
+            out.state.fam,
+        )
+
+    floats = {name: getattr(state, name) for name in STATE_FIELDS}
+    (_, values), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, floats)
+    return {"values": values, "parameters": gradients[0], "state": gradients[1]}
+
+
+CASES = {
+    "fam": fam_config(),
+    "fam, no segments, parallel, untied": fam_config(
+        {"segments": 0}, parallel_block=True, tie_embeddings=False
+    ),
+    "fam, two segments, stopped": fam_config({"segments": 2, "stop_gradient": True}),
+    "fam, absolute, fractional, pinned, old": fam_config(
+        {
+            "positions": "absolute",
+            "fam_positions": "fractional",
+            "prompt_positions": "pinned",
+            "fam_query": "old",
+        }
+    ),
+    "bswa": decoder_config({"segments": 2, "window": 6}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layer_and_block_schedule_agree_in_values_and_gradients(name, x64):
+    config = CASES[name]
+    layer = values_and_gradients(dataclasses.replace(config, schedule="layer"))
+    block = values_and_gradients(dataclasses.replace(config, schedule="block"))
+    assert_trees_close(layer, block, 1e-10)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(layer["parameters"]):
+        assert np.any(leaf != 0), f"no gradient reaches {jax.tree_util.keystr(path)}"
+
+
+def test_schedules_agree_in_float32():
+    config = fam_config(dtype="float32", param_dtype="float32")
+    with jax.default_matmul_precision("highest"):
+        layer, block = (
+            values_and_gradients(dataclasses.replace(config, schedule=schedule), np.float32)
+            for schedule in ("layer", "block")
+        )
+    assert_trees_close(layer["values"], block["values"], 1e-5)
+    assert_trees_close(layer["parameters"], block["parameters"], 1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["layer", "block"])
+@pytest.mark.parametrize("change", [{"scan_layers": False}, {"remat": True}], ids=["unrolled", "remat"])
+def test_unrolled_layers_and_remat_change_nothing(change, schedule, x64):
+    config = fam_config(schedule=schedule)
+    changed = dataclasses.replace(config, **change)
+    assert jax.tree.map(jnp.shape, model_shapes(config)) == jax.tree.map(jnp.shape, model_shapes(changed))
+    assert_trees_close(values_and_gradients(changed), values_and_gradients(config), 1e-10)
+
+
+def test_full_attention_unrolled_and_remat_change_nothing(x64):
+    config = decoder_config()
+    params = params_of(config)
+    grads = []
+    for change in ({}, {"scan_layers": False}, {"remat": True}):
+        model = Decoder(dataclasses.replace(config, **change))
+        loss = jax.jit(
+            jax.value_and_grad(lambda p, m=model: jnp.sum(m.apply({"params": p}, TOKENS).logits ** 2))
+        )
+        grads.append(loss(params))
+    assert_trees_close(grads[1], grads[0], 1e-10)
+    assert_trees_close(grads[2], grads[0], 1e-10)
+
+
+# ------------------------------------------------------------------------------------------------- degenerate cases
+
+
+def test_one_block_without_segments_is_plain_causal(x64):
+    params = params_of(decoder_config())
+    want = runner(decoder_config())(params, TOKENS[:, :7]).logits
+    got = runner(decoder_config({"block_size": 7, "segments": 0}))(params, TOKENS[:, :7]).logits
+    assert_close(got, want)
+
+
+def test_enough_segments_are_plain_causal(x64):
+    params = params_of(decoder_config())
+    want = runner(decoder_config())(params, TOKENS).logits
+    for schedule in ("layer", "block"):
+        got = runner(decoder_config({"segments": 3}, schedule=schedule))(params, TOKENS).logits
+        assert_close(got, want, 1e-10, schedule)
+
+
+def test_local_and_absolute_positions_agree(x64):
+    params = params_of(fam_config())
+    want = runner(fam_config())(params, TOKENS)
+    got = runner(fam_config({"positions": "absolute"}))(params, TOKENS)
+    assert_close(got.logits, want.logits)
+    assert_close(got.state.fam, want.state.fam)
+
+
+def test_gradient_stop_changes_no_value(x64):
+    params = params_of(fam_config())
+    want = runner(fam_config())(params, TOKENS).logits
+    np.testing.assert_array_equal(runner(fam_config({"stop_gradient": True}))(params, TOKENS).logits, want)
+
+
+# -------------------------------------------------------------------------------------------------------- parameters
+
+
+def count(config, embeddings=True):
+    config = dataclasses.replace(config, dtype="float32", param_dtype="float32")
+    leaves = jax.tree_util.tree_leaves_with_path(model_shapes(config)["params"])
+    return sum(
+        int(np.prod(leaf.shape))
+        for path, leaf in leaves
+        if embeddings or "embed" not in jax.tree_util.keystr(path)
+    )
+
+
+def test_fam_adds_the_prompt_and_nothing_else():
+    for parallel in (False, True):
+        plain, fam = (
+            make(parallel_block=parallel) for make in (lambda **k: decoder_config({}, **k), fam_config)
+        )
+        assert count(fam) - count(plain) == N * fam.d_model
+
+
+@pytest.mark.parametrize(("tied", "parallel"), [(True, False), (False, False), (True, True)])
+def test_parameter_tree(tied, parallel):
+    config = fam_config(tie_embeddings=tied, parallel_block=parallel, param_dtype="float32")
+    layers, d, h, g, k, f = (
+        config.num_layers,
+        config.d_model,
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_dim,
+        config.d_ff,
+    )
+    want = {
+        "embed": (config.vocab_size, d),
+        "fam_prompt": (N, d),
+        "final_norm": (d,),
+        "layers": {
+            "attn_norm": (layers, d),
+            "wq": (layers, d, h, k),
+            "wk": (layers, d, g, k),
+            "wv": (layers, d, g, k),
+            "wo": (layers, h, k, d),
+            "w_gate": (layers, d, f),
+            "w_up": (layers, d, f),
+            "w_down": (layers, f, d),
+        },
+    }
+    if not tied:
+        want["unembed"] = (d, config.vocab_size)
+    if not parallel:
+        want["layers"]["ff_norm"] = (layers, d)
+    variables = jax.jit(Decoder(config).init)(jax.random.key(0), TOKENS)
+    assert set(variables) == {"params"}
+    assert jax.tree.map(jnp.shape, variables["params"]) == want
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+    np.testing.assert_array_equal(variables["params"]["layers"]["attn_norm"], 1.0)
+    logits = runner(config)(variables["params"], TOKENS).logits
+    assert 0.01 < float(jnp.std(logits)) < 10.0, (
+        "an untrained model should neither be silent nor sure of itself"
+    )
+
+
+@pytest.mark.parametrize(
+    ("preset", "billions", "shape"),
+    [
+        ("palm_1b", 1.19, (18, 1536, 12, 12, 8 * 1536)),
+        ("palm_8b", 8.59, (32, 4096, 32, 32, 4 * 4096)),
+        ("palm_24b", 24.49, (56, 4096, 32, 1, 8 * 4096)),
+    ],
+)
+def test_presets_have_the_sizes_of_the_paper(preset, billions, shape):
+    config = getattr(presets, preset)()
+    assert (config.num_layers, config.d_model, config.num_heads, config.num_kv_heads, config.d_ff) == shape
+    assert config.head_dim == 128
+    assert (config.memory.block_size, config.memory.segments, config.memory.fam_length) == (1024, 3, 64)
+    assert round(count(config, embeddings=False) / 1e9, 2) == billions
+
+
+def test_tiny_preset_runs():
+    config = presets.tiny()
+    assert count(config) < 1_000_000
+    params = random_params(config)
+    out = runner(config)(params, some_tokens(1, 5, vocab=config.vocab_size))
+    assert out.logits.shape == (1, 5, config.vocab_size)
+    assert np.all(np.isfinite(out.logits))

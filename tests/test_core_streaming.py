@@ -1,0 +1,393 @@
+"""Any split of a text gives what one call gives: open blocks, per-row lengths, document starts, constant size."""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import serialization
+from tests.reference import (
+    B,
+    assert_close,
+    assert_trees_close,
+    decoder_config,
+    fam_config,
+    fam_decoder,
+    params_of,
+    runner,
+    some_tokens,
+)
+
+from fam_jax import Decoder, StreamState
+
+T = 6 * B
+LONG = some_tokens(2, T, seed=4)
+SCHEDULES = ("layer", "block")
+F32 = dict(dtype="float32", param_dtype="float32")
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def readable(state: StreamState) -> dict[str, object]:
+    """What later tokens can read of a state: not what lies beyond the open block's offset, nor missing segments."""
+    segments = state.segment_k.shape[2]
+    age = np.arange(segments)[::-1]  # the newest segment is the last
+    written = (age < np.asarray(state.blocks)[:, None])[None, :, :, None, None, None]
+    opened = (np.arange(state.open_k.shape[2]) < np.asarray(state.offset)[:, None])[None, :, :, None, None]
+    fam = np.where(np.asarray(state.fresh)[None, :, None, None], 0.0, state.fam)
+    return {
+        "fam": fam,
+        "offset": np.asarray(state.offset),
+        "blocks": np.asarray(state.blocks),
+        "fresh": np.asarray(state.fresh),
+        "segment_k": np.where(written, state.segment_k, 0.0),
+        "segment_v": np.where(written, state.segment_v, 0.0),
+        "open_k": np.where(opened, state.open_k, 0.0),
+        "open_v": np.where(opened, state.open_v, 0.0),
+    }
+
+
+def feed(run, params, tokens, sizes, state=None):
+    """Logits of tokens [b, t] read in calls of the given sizes, and the last state."""
+    parts, start = [], 0
+    for size in sizes:
+        out = run(params, tokens[:, start : start + size], state=state)
+        parts.append(out.logits)
+        state, start = out.state, start + size
+    return np.concatenate(parts, axis=1), state
+
+
+STREAMED = {
+    "fam, layer": fam_config(),
+    "fam, block": fam_config(schedule="block"),
+    "fam, absolute, fractional, pinned": fam_config(
+        {"positions": "absolute", "fam_positions": "fractional", "prompt_positions": "pinned"}
+    ),
+    "fam, absolute, zero, two segments": fam_config(
+        {"positions": "absolute", "fam_positions": "zero", "segments": 2}
+    ),
+    "bswa 2, window, parallel": decoder_config(
+        {"segments": 2, "window": 6}, parallel_block=True, schedule="block"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_splits_equal_one_call(name, x64):
+    config = STREAMED[name]
+    params = params_of(config)
+    run = runner(config)
+    whole = run(params, LONG)
+    # Whole blocks, one token at a time, and calls that cross block edges, ending in an open block.
+    for sizes in ([B, 2 * B, 3 * B], [1] * (T - 2) + [2], [2, 3 * B, 3, 1, B + 2]):
+        length = sum(sizes)
+        logits, state = feed(run, params, LONG, sizes)
+        assert_close(logits, whole.logits[:, :length], 1e-10, str(sizes))
+        if length == T:
+            assert_trees_close(readable(state), readable(whole.state), 1e-10)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_thousand_random_splits_compile_once_per_length(schedule):
+    config = fam_config(schedule=schedule, **F32)
+    model = Decoder(config)
+    traces = []
+
+    @jax.jit
+    def run(params, tokens, state):
+        traces.append(tokens.shape[1])
+        return model.apply({"params": params}, tokens, state=state)
+
+    params = jax.device_put(params_of(config))
+    want = runner(config)(params, LONG).logits
+    tokens = [jnp.asarray(LONG[:, i : i + n]) for n in range(1, 7) for i in range(T - n + 1)]
+    tokens = dict(zip([(n, i) for n in range(1, 7) for i in range(T - n + 1)], tokens, strict=True))
+    rng = np.random.default_rng(5)
+    splits, worst = set(), 0.0
+    for _ in range(1000):
+        state, start, split = model.init_state(2), 0, []
+        parts = []
+        while start < T:
+            size = min(int(rng.integers(1, 7)), T - start)
+            out = run(params, tokens[size, start], state)
+            parts.append(out.logits)
+            state, start = out.state, start + size
+            split.append(size)
+        splits.add(tuple(split))
+        worst = max(worst, float(np.max(np.abs(np.concatenate(parts, axis=1) - want))))
+    assert len(splits) > 950
+    assert sorted(traces) == [1, 2, 3, 4, 5, 6]
+    assert worst <= 1e-5 * float(np.max(np.abs(want)))
+
+
+# ------------------------------------------------------------------------------------- rows of their own in a batch
+
+
+class Row:
+    """What one row of a stream should give: its documents, each read alone by the reference."""
+
+    def __init__(self, config, params):
+        self.config, self.params, self.document = config, params, []
+
+    def read(self, tokens, reset):
+        """Logits of the tokens of one call; reset[j] starts a document at the j-th block this call touches."""
+        if reset[0]:
+            self.document = []
+        start, out, pending = len(self.document) % B, [], 0
+        for i, token in enumerate(tokens):
+            block, within = divmod(start + i, B)
+            if block and within == 0 and block < len(reset) and reset[block]:
+                out.append(self.tail(pending))
+                self.document, pending = [], 0
+            self.document.append(token)
+            pending += 1
+        out.append(self.tail(pending))
+        return np.concatenate(out)
+
+    def tail(self, count):
+        size = self.config.vocab_size
+        if not count:
+            return np.zeros((0, size))
+        return fam_decoder(self.params, self.config, np.array(self.document)).logits[-count:]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_lengths_and_resets_give_each_row_its_own_documents(schedule, x64):
+    config = fam_config(schedule=schedule)
+    params = params_of(config)
+    run, rng = runner(config), np.random.default_rng(6)
+    rows = [Row(config, params) for _ in range(5)]
+    width = 2 * B + 1
+    state = Decoder(config).init_state(5)
+    seen = set()
+    for call in range(8):
+        tokens = rng.integers(0, config.vocab_size, (5, width)).astype(np.int32)
+        lengths = rng.integers(0, width + 1, 5).astype(np.int32)
+        lengths[call % 5] = (0, width, 2 * B, B)[call % 4]
+        reset = rng.random((5, 3)) < 0.25
+        # A document starts with a token: a block that gets none in this call is not reset.
+        for r in range(5):
+            start = 0 if reset[r, 0] else len(rows[r].document) % B
+            reset[r] &= np.maximum(np.arange(3) * B - start, 0) < lengths[r]
+        out = run(params, tokens, state=state, lengths=lengths, reset=reset)
+        for r, row in enumerate(rows):
+            before = len(row.document) % B
+            want = row.read(tokens[r, : lengths[r]], reset[r])
+            assert_close(out.logits[r, : lengths[r]], want, 1e-10, f"call {call}, row {r}")
+            seen |= {("reset", j) for j in np.flatnonzero(reset[r]) if before} | {("length", int(lengths[r]))}
+        state = out.state
+        np.testing.assert_array_equal(state.offset, [len(row.document) % B for row in rows])
+        np.testing.assert_array_equal(state.blocks, [len(row.document) // B for row in rows])
+        np.testing.assert_array_equal(state.fresh, [len(row.document) < B for row in rows])
+    assert {
+        ("reset", 0),
+        ("reset", 1),
+        ("length", 0),
+        ("length", width),
+    } <= seen  # what this is about did happen
+
+
+def test_padding_is_never_read(x64):
+    """What stands beyond a row's length changes neither its logits nor its state, exactly."""
+    for config in (fam_config(), fam_config(schedule="block")):
+        params, run = params_of(config), runner(config)
+        lengths = np.array([B + 1, 2])
+        outs = []
+        for seed in (7, 8):
+            tokens = some_tokens(2, 2 * B, seed=seed)
+            for r in range(2):
+                tokens[r, : lengths[r]] = LONG[r, : lengths[r]]
+            outs.append(run(params, tokens, lengths=lengths))
+        for r in range(2):
+            np.testing.assert_array_equal(outs[0].logits[r, : lengths[r]], outs[1].logits[r, : lengths[r]])
+        first, second = (readable(out.state) for out in outs)
+        jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_reset_row_is_a_fresh_start_exactly(schedule, x64):
+    """Bit-equal logits and state whatever was read before, in earlier calls and in the same call."""
+    config = fam_config({"segments": 2}, schedule=schedule, tie_embeddings=False)
+    params, run = params_of(config), runner(config)
+    old = run(params, LONG[:, : 3 * B + 1]).state
+    older = run(params, LONG[::-1, B : B + 3]).state
+    reset = np.array([[True, False], [True, False]])
+    tokens = LONG[:, : 2 * B]
+    outs = [run(params, tokens, state=state, reset=reset) for state in (old, older)]
+    np.testing.assert_array_equal(outs[0].logits, outs[1].logits)
+    jax.tree.map(np.testing.assert_array_equal, *(readable(out.state) for out in outs))
+    assert_close(outs[0].logits, run(params, tokens).logits)
+    # In the same call: the second block starts a document in row 0 only.
+    reset = np.array([[False, True], [False, False]])
+    other = np.concatenate([(tokens[:, :B] + 1) % config.vocab_size, tokens[:, B:]], axis=1)
+    state = Decoder(config).init_state(2)
+    one, two = (run(params, text, state=state, reset=reset).logits for text in (tokens, other))
+    np.testing.assert_array_equal(one[0, B:], two[0, B:])
+    assert np.all(np.any(np.asarray(one[1, B:]) != np.asarray(two[1, B:]), axis=-1))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_gradient_crosses_a_reset(schedule, x64):
+    config = fam_config({"segments": 2}, schedule=schedule, tie_embeddings=False)
+    params, model = params_of(config), Decoder(config)
+    text = np.arange(3 * B, dtype=np.int32)[None]  # every position has an embedding of its own
+
+    @jax.jit
+    def gradients(reset):
+        def loss(embed, floats):
+            state = before.replace(**floats)
+            out = model.apply({"params": {**params, "embed": embed}}, text, state=state, reset=reset)
+            return jnp.sum(out.logits[:, 2 * B :] ** 2)
+
+        return jax.grad(loss, argnums=(0, 1))(jnp.asarray(params["embed"]), floats)
+
+    before = runner(config)(params, LONG[:1, : 2 * B]).state
+    floats = {name: getattr(before, name) for name in ("fam", "segment_k", "segment_v")}
+    by_embed, by_state = gradients(np.array([[False, False, True]]))
+    assert np.all(by_embed[: 2 * B] == 0)
+    assert np.all(np.any(by_embed[2 * B : 3 * B] != 0, axis=1))
+    assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(by_state))
+    by_embed, by_state = gradients(np.array([[False, False, False]]))
+    assert np.all(np.any(by_embed[: 3 * B] != 0, axis=1))
+    assert np.any(by_state["fam"] != 0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_aligned_is_only_a_promise(schedule, x64):
+    """Whole blocks fed with aligned=True give what they give without, resets and a ragged end included."""
+    config = fam_config(schedule=schedule)
+    params, run = params_of(config), runner(config)
+    start = run(params, LONG[:, :B]).state
+    for end, lengths in ((3 * B, None), (3 * B + 2, np.array([2 * B + 2, B - 1]))):
+        tokens = LONG[:, B:end]
+        reset = np.zeros((2, -(-tokens.shape[1] // B)), bool)
+        reset[0, 1] = True
+        plain, aligned = (
+            run(params, tokens, state=start, lengths=lengths, reset=reset, aligned=flag)
+            for flag in (False, True)
+        )
+        for r in range(2):
+            count = tokens.shape[1] if lengths is None else lengths[r]
+            assert_close(aligned.logits[r, :count], plain.logits[r, :count], 1e-12, f"row {r}")
+        assert_trees_close(readable(aligned.state), readable(plain.state), 1e-12)
+
+
+# ------------------------------------------------------------------------------------------------ length and history
+
+
+def test_the_same_contents_after_any_history_give_the_same_bits():
+    """10, 10^4 and 10^6 tokens of history that left the same contents: only counters differ, no bit of a logit."""
+    for config in (fam_config(**F32), fam_config(schedule="block", **F32)):
+        params, run = params_of(config), runner(config)
+        state = run(params, LONG[:, :10]).state
+        outs = []
+        for history in (10, 10_000 + 2, 1_000_000 + 2):
+            assert history % B == 10 % B
+            outs.append(
+                run(params, LONG[:, 10:17], state=state.replace(blocks=jnp.full(2, history // B, jnp.int32)))
+            )
+        for out in outs[1:]:
+            np.testing.assert_array_equal(out.logits, outs[0].logits)
+            np.testing.assert_array_equal(out.state.fam, outs[0].state.fam)
+        assert int(outs[2].state.blocks[0]) == 1_000_000 // B + 2
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def test_a_million_tokens_stream_in_constant_memory():
+    """State size and process memory stay where they are after a warm-up, and the numbers stay finite."""
+    config = fam_config({"block_size": 50, "fam_length": 4}, num_layers=1, **F32)
+    params, run = jax.device_put(params_of(config)), runner(config)
+    chunk = 5000
+    state = Decoder(config).init_state(1)
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
+    rng = np.random.default_rng(9)
+    texts = [jnp.asarray(rng.integers(0, config.vocab_size, (1, chunk)), jnp.int32) for _ in range(8)]
+    resident = []
+    for i in range(1_000_000 // chunk):
+        out = run(params, texts[i % 8], state=state)
+        state = jax.block_until_ready(out.state)
+        if sys.platform == "linux":
+            resident.append(resident_bytes())
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == shapes
+    assert int(state.blocks[0]) * 50 + int(state.offset[0]) == 1_000_000
+    assert np.all(np.isfinite(out.logits))
+    if resident:  # 20 calls of warm-up, then 900,000 tokens whose states alone would be 180 copies
+        assert max(resident[20:]) - resident[20] < 30 * 2**20
+
+
+# ------------------------------------------------------------------------------------------------ the state as a value
+
+
+def test_rows_slice_and_tile(x64):
+    """Read once, ask many: the rows of a state are independent."""
+    config = fam_config()
+    params, run = params_of(config), runner(config)
+    state = run(params, LONG[:, : B + 3], lengths=np.array([B + 3, 2])).state
+    order = np.array([1, 0, 0, 1])
+    questions = some_tokens(4, B, seed=10)
+    got = run(params, questions, state=state.rows(order))
+    for i, r in enumerate(order):
+        alone = run(params, questions[[i, i]], state=state.rows([r, r]))
+        assert_close(got.logits[i], alone.logits[0], 1e-10, f"question {i}")
+        text = np.concatenate([LONG[r, : (B + 3, 2)[r]], questions[i]])
+        assert_close(got.logits[i], fam_decoder(params, config, text).logits[-B:], 1e-10, f"question {i}")
+
+
+def test_the_state_survives_saving(x64):
+    for config in (fam_config(), fam_config(schedule="block"), decoder_config()):
+        params, run = params_of(config), runner(config)
+        state = Decoder(config).init_state(2, max_length=None if config.memory else T)
+        state = run(params, LONG[:, : B + 1], state=state).state
+        want = run(params, LONG[:, B + 1 : B + 4], state=state).logits
+        through_numpy = jax.tree.map(np.asarray, state)
+        blank = jax.tree.map(jnp.zeros_like, state)
+        through_bytes = serialization.from_bytes(blank, serialization.to_bytes(state))
+        for copy in (through_numpy, through_bytes):
+            np.testing.assert_array_equal(run(params, LONG[:, B + 1 : B + 4], state=copy).logits, want)
+
+
+@pytest.mark.parametrize("split", [2 * B, B + 2], ids=["at a block edge", "inside a block"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_gradients_flow_through_a_passed_state(schedule, split, x64):
+    """The gradient of two calls is the gradient of one; stopped by the caller, nothing crosses."""
+    config = fam_config(schedule=schedule, tie_embeddings=False)
+    params, model = params_of(config), Decoder(config)
+    text = np.arange(3 * B, dtype=np.int32)[None]
+    weights = np.random.default_rng(11).standard_normal((3 * B - split, config.vocab_size))
+
+    def one(p):
+        return jnp.sum(model.apply({"params": p}, text).logits[0, split:] * weights)
+
+    def two(p, stop=False):
+        state = model.apply({"params": p}, text[:, :split]).state
+        state = jax.lax.stop_gradient(state) if stop else state
+        return jnp.sum(model.apply({"params": p}, text[:, split:], state=state).logits[0] * weights)
+
+    whole, parts, stopped = jax.jit(lambda p: (jax.grad(one)(p), jax.grad(two)(p), jax.grad(two)(p, True)))(
+        params
+    )
+    assert_trees_close(parts, whole, 1e-10)
+    assert np.all(np.any(whole["embed"][:split] != 0, axis=1))
+    assert np.all(stopped["embed"][:split] == 0)
+
+
+def test_schedules_continue_each_other(x64):
+    """A state written under one schedule is read under the other."""
+    layer, block = (fam_config(schedule=schedule) for schedule in SCHEDULES)
+    params = params_of(layer)
+    want = runner(layer)(params, LONG[:, : 3 * B]).logits
+    state = runner(layer)(params, LONG[:, : B + 1]).state
+    got = runner(block)(params, LONG[:, B + 1 : 3 * B], state=state)
+    assert_close(got.logits, want[:, B + 1 :])
+    assert dataclasses.replace(layer, schedule="block") == block

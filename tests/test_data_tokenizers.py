@@ -1,0 +1,162 @@
+import json
+import subprocess
+import sys
+
+import data_helpers
+import numpy as np
+import pytest
+
+from experiments.data import DataError, check_ids, load_tokenizer
+
+TEXT = (
+    "def tokenise(text):\n    return [piece for piece in text.split() if piece]\n\n# Größe, naïve 漢字 🙂\n"
+)
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model(tmp_path_factory):
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    (folder / "text.txt").write_text(TEXT * 20, "utf-8")
+    trainer.train(
+        input=str(folder / "text.txt"),
+        model_prefix=str(folder / "tiny"),
+        vocab_size=330,
+        byte_fallback=True,
+        minloglevel=2,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )
+    return folder / "tiny.model"
+
+
+@pytest.fixture(scope="session")
+def tokenizer_json(tmp_path_factory):
+    library = pytest.importorskip("tokenizers")
+    path = tmp_path_factory.mktemp("tokenizers") / "tokenizer.json"
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|pad|>", "<|endoftext|>"],
+        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    # What the file says about lengths must not cut documents.
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=4096)
+    tokenizer.save(str(path))
+    return path
+
+
+def test_bytes():
+    tokenizer = load_tokenizer("bytes")
+    assert (tokenizer.name, tokenizer.vocab_size, tokenizer.separator) == ("bytes", 256, 0)
+    ids = tokenizer.encode(TEXT)
+    assert ids.dtype == np.int32
+    assert bytes(ids.tolist()) == TEXT.encode()
+    np.testing.assert_array_equal(ids, tokenizer.encode(TEXT.encode()))
+    assert tokenizer.decode(ids) == TEXT
+    assert tokenizer.decode([0xC3]) == "\ufffd"
+    assert tokenizer.encode("").shape == (0,)
+
+
+def test_sentencepiece(sentencepiece_model):
+    tokenizer = load_tokenizer(str(sentencepiece_model))
+    ids = tokenizer.encode("return text 🙂")
+    assert ids.dtype == np.int32
+    assert ids.max() < tokenizer.vocab_size
+    assert tokenizer.decode(ids) == "return text 🙂"
+    assert tokenizer.decode(ids.tolist()) == "return text 🙂"
+    np.testing.assert_array_equal(ids, tokenizer.encode("return text 🙂".encode()))
+    assert tokenizer.separator == 2  # </s> of the trainer's defaults
+    assert tokenizer.name == "tiny.model"
+
+
+def test_hugging_face(tokenizer_json):
+    tokenizer = load_tokenizer(str(tokenizer_json))
+    ids = tokenizer.encode(TEXT)
+    assert ids.dtype == np.int32
+    assert 4 < ids.size < len(TEXT.encode())
+    assert ids.max() < tokenizer.vocab_size == 300
+    assert tokenizer.decode(ids) == TEXT
+    assert tokenizer.separator == 1  # <|endoftext|>
+    assert tokenizer.separator not in ids
+
+
+def test_hugging_face_without_an_end_token(tokenizer_json, tmp_path):
+    described = json.loads(tokenizer_json.read_text())
+    described["added_tokens"] = []
+    del described["model"]["vocab"]["<|endoftext|>"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.separator is None
+    assert tokenizer.vocab_size == 300  # there is a hole, but ids go to 299
+
+
+def test_another_vocabulary_is_other_data(tmp_path, sentencepiece_model, tokenizer_json):
+    tokenizers = [load_tokenizer(str(spec)) for spec in ("bytes", sentencepiece_model, tokenizer_json)]
+    stores = [data_helpers.store(tmp_path, [TEXT, "text"], tokenizer=t) for t in tokenizers]
+    assert len({t.hash for t in tokenizers}) == len({s.sha256 for s in stores}) == 3
+    for tokenizer, store in zip(tokenizers, stores, strict=True):
+        np.testing.assert_array_equal(store.read(0), tokenizer.encode(TEXT))
+        np.testing.assert_array_equal(store.read(1, 1), tokenizer.encode("text")[1:])
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+@pytest.mark.parametrize(("content", "message"), [(b"", "is empty"), (b"nonsense \xff", "not a ")])
+def test_damaged_files(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_tokenizer(str(path))
+
+
+def test_missing_or_unknown_files(tmp_path):
+    with pytest.raises(DataError, match="there is no such file; check the path"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match=r"must be bytes, or the path of a SentencePiece \.model"):
+        load_tokenizer("gpt2")
+
+
+@pytest.mark.parametrize(("library", "suffix"), [("sentencepiece", "model"), ("tokenizers", "json")])
+def test_a_missing_library_says_what_to_install(tmp_path, library, suffix):
+    path = tmp_path / f"tokenizer.{suffix}"
+    path.write_bytes(b"x")
+    code = f"""
+import sys
+sys.modules[{library!r}] = None
+from experiments.data import DataError, load_tokenizer
+try:
+    load_tokenizer({str(path)!r})
+except DataError as error:
+    print(error)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert f"needs the package '{library}': pip install -e \".[tokenizers]\"" in out
+
+
+def test_ids_outside_the_vocabulary():
+    assert check_ids([[0, 255]], 256).tolist() == [[0, 255]]
+    assert check_ids(np.zeros((2, 0)), 256).shape == (2, 0)
+    with pytest.raises(DataError, match="prompt: token id 256 is outside the vocabulary of 256 ids"):
+        check_ids(np.array([3, 256]), 256, "prompt")
+    with pytest.raises(DataError, match="token id -1 is outside"):
+        check_ids([-1, 300], 256)
+    with pytest.raises(DataError, match="must be integers, not float64"):
+        check_ids([0.5], 256)
+    with pytest.raises(DataError, match="outside the vocabulary"):
+        load_tokenizer("bytes").decode([300])
+
+
+def test_a_tokenizer_with_ids_outside_its_vocabulary_prepares_nothing(tmp_path):
+    class Wrong(type(load_tokenizer("bytes"))):
+        hash = "wrong"
+        vocab_size = 100
+
+    with pytest.raises(DataError, match="document '001' of lines: token id 122 is outside"):
+        data_helpers.store(tmp_path, ["AAA", "zzz"], tokenizer=Wrong())
+    assert not list((tmp_path / "tokens").glob("lines*"))

@@ -1,0 +1,271 @@
+"""Measures of a model against plain loops over single calls, and the command that makes result files of them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+
+from experiments import evaluate, measures, results
+from experiments.data.passkey import Passkey, PasskeyData
+from experiments.measures import loss_by_position, passkey_accuracy
+
+ROOT = Path(__file__).resolve().parent.parent
+MEMORIES = {"fam": tiny_run.FAM, "bswa": tiny_run.BSWA, "full": None}
+TASK = Passkey(PasskeyData(block_size=8, blocks=(9, 10), digits=1))
+
+
+def texts(*lengths, vocab=256):
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, vocab, length) for length in lengths]
+
+
+def plain_losses(model, variables, text):
+    """Loss of each token but the first, from one call on the whole document."""
+    logits = model.apply(variables, np.asarray(text[None, :-1], np.int32)).logits[0]
+    return -np.asarray(jax.nn.log_softmax(logits))[np.arange(len(text) - 1), text[1:]]
+
+
+def digit_model(memory=tiny_run.FAM):
+    """An untrained model that answers with digits, so that it is right about one time in ten."""
+    model, variables = tiny_run.init(tiny_run.model_config(memory, TASK.tokenizer.vocab_size))
+    embed = variables["params"]["embed"]
+    params = variables["params"] | {"embed": embed.at[:10].multiply(20.0)}
+    return model, {"params": params}
+
+
+@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES.keys())
+def test_loss_by_position_is_that_of_single_calls(memory):
+    model, variables = tiny_run.init(tiny_run.model_config(memory))
+    documents = texts(50, 1, 83, 16, 0, 17, 2)
+    edges = [8, 16, 40, 80]
+    curve = loss_by_position(model, variables, documents, batch_size=2, chunk=16, edges=edges, progress=False)
+    per_bin = [[], [], [], [], []]
+    for text in documents:
+        if len(text) > 1:
+            for index, loss in enumerate(plain_losses(model, variables, text)):
+                per_bin[np.searchsorted(edges, index + 2)].append(loss)
+    assert curve["position"] == edges
+    assert curve["tokens"] == [len(losses) for losses in per_bin[:-1]]
+    np.testing.assert_allclose(curve["loss"], [np.mean(losses) for losses in per_bin[:-1]], rtol=1e-5)
+    assert curve["document_tokens"] == [49, 0, 82, 15, 0, 16, 1]
+    for text, loss in zip(documents, curve["document_loss"], strict=True):
+        if len(text) > 1:
+            assert loss == pytest.approx(plain_losses(model, variables, text).mean(), rel=1e-5)
+        else:
+            assert np.isnan(loss)
+
+
+def test_default_edges_double_up_to_the_longest_document():
+    model, variables = tiny_run.init(tiny_run.model_config())
+    curve = loss_by_position(model, variables, texts(70, 20), progress=False)
+    assert curve["position"] == [8, 16, 32, 64, 128]
+    assert sum(curve["tokens"]) == 69 + 19
+
+
+def test_one_program_serves_all_lengths():
+    model, variables = tiny_run.init(tiny_run.model_config())
+    before = measures._read._cache_size()
+    for lengths in ((30, 10), (200, 150, 70, 5, 3), (2,)):
+        loss_by_position(model, variables, texts(*lengths), batch_size=3, chunk=24, progress=False)
+    passkey_accuracy(*digit_model(), TASK, [9, 30], trials=3, batch_size=3, chunk=24, progress=False)
+    assert measures._read._cache_size() == before + 2  # one per model
+
+
+@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES.keys())
+def test_passkey_accuracy_is_that_of_greedy_generation(memory):
+    """The key is fed while it is checked; decoding it token by token must give the same answers."""
+    model, variables = digit_model(memory)
+    task = Passkey(PasskeyData(block_size=8, blocks=(9,), digits=2))
+    curve = passkey_accuracy(
+        model, variables, task, [9, 12], trials=90, batch_size=40, chunk=16, progress=False
+    )
+    assert curve["trials"] == [90, 90]
+    for blocks, correct in zip(curve["blocks"], curve["correct"], strict=True):
+        batches = [
+            task.sample(np.random.default_rng([measures._EVALUATION, 0, blocks, number]), 40, blocks)
+            for number in range(3)
+        ]
+        tokens, targets = (np.concatenate([b[name] for b in batches])[:90] for name in ("tokens", "targets"))
+        state = None
+        right = np.ones(90, bool)
+        for piece, wanted in ((tokens[:, :-1], targets[:, -2]), (tokens[:, -1:], targets[:, -1])):
+            out = model.apply(variables, piece, state) if memory is not None else None
+            if out is None:
+                whole = tokens if piece.shape[1] == 1 else piece
+                out = model.apply(variables, whole)
+            state = out.state
+            right &= np.asarray(out.logits[:, -1].argmax(-1)) == wanted
+        assert correct == right.sum()
+    assert curve["accuracy"] == [correct / 90 for correct in curve["correct"]]
+
+
+def test_chance_level_is_not_zero_for_a_single_digit():
+    """The comparison above would hold if both sides were always zero; here they are not."""
+    curve = passkey_accuracy(*digit_model(), TASK, [9], trials=300, batch_size=100, progress=False)
+    assert 3 <= curve["correct"][0] <= 90
+
+
+def test_samples_depend_on_the_seed_and_not_on_other_lengths():
+    model, variables = digit_model()
+
+    def correct(*lengths, **options):
+        options = {"trials": 120, "batch_size": 60, "progress": False} | options
+        return passkey_accuracy(model, variables, TASK, lengths, **options)["correct"]
+
+    assert correct(9, 11) == correct(9) + correct(11)
+    assert correct(9) == correct(9)
+    assert len({tuple(correct(9, 11, seed=seed)) for seed in range(4)}) > 1
+    assert correct(11, 11)[0] == correct(11, chunk=8)[0]
+
+
+def read(model, variables, tokens, zero_memory=False, size=16):
+    """Losses of whole rows [b, t - 1]."""
+    steps = measures._read_in_chunks(model, variables, tokens[:, :-1], tokens[:, 1:], size, zero_memory)
+    return np.concatenate([nll for _, nll, _ in steps], axis=1)
+
+
+def test_zeroed_memory_is_a_loop_that_zeroes_the_fam_after_every_block():
+    model, variables = tiny_run.init(tiny_run.model_config())
+    tokens = np.stack(texts(61, 61)).astype(np.int32)
+    state, losses = model.init_state(2), []
+    for start in range(0, 60, 8):
+        piece = tokens[:, start : min(start + 8, 60)]
+        out = model.apply(variables, piece, state)
+        state = out.state.replace(fam=np.zeros_like(out.state.fam))
+        targets = tokens[:, start + 1 : start + 1 + piece.shape[1]]
+        log_p = np.asarray(jax.nn.log_softmax(out.logits))
+        losses.append(-np.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0])
+    zeroed = read(model, variables, tokens, zero_memory=True)
+    np.testing.assert_allclose(zeroed, np.concatenate(losses, axis=1), rtol=2e-5, atol=2e-5)
+    kept = read(model, variables, tokens)
+    np.testing.assert_allclose(zeroed[:, :8], kept[:, :8], rtol=2e-5)
+    assert np.abs(zeroed - kept)[:, 16:].max() > 1e-3
+
+
+def test_nothing_passes_through_a_zeroed_memory():
+    """Beyond the reach of the segments, the first block changes losses only if the memory is kept."""
+    model, variables = tiny_run.init(tiny_run.model_config())
+    tokens = np.stack(texts(65)).astype(np.int32)
+    other = tokens.copy()
+    other[:, :8] = 255 - other[:, :8]
+    late = slice(8 * (model.config.num_layers + 1), None)  # each layer looks back one block
+    zeroed = [read(model, variables, ids, zero_memory=True)[:, late] for ids in (tokens, other)]
+    np.testing.assert_array_equal(*zeroed)
+    kept = [read(model, variables, ids)[:, late] for ids in (tokens, other)]
+    assert np.abs(kept[0] - kept[1]).max() > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, v: loss_by_position(m, v, texts(1, 0)), "none of the 2 documents has two tokens"),
+        (lambda m, v: loss_by_position(m, v, [np.array([1, 256])]), "token id 256 is outside the vocabulary"),
+        (lambda m, v: loss_by_position(m, v, texts(9), chunk=0), "chunk=0 is not allowed"),
+        (lambda m, v: loss_by_position(m, v, texts(9), edges=[4, 4]), r"edges=\[4, 4\] is not allowed"),
+        (lambda m, v: passkey_accuracy(m, v, TASK, []), r"lengths=\[\]"),
+        (lambda m, v: passkey_accuracy(m, v, TASK, [9, 2]), "must be at least"),
+        (lambda m, v: passkey_accuracy(m, v, TASK, [9], trials=0), "trials=0"),
+    ],
+)
+def test_bad_arguments_are_named(call, message):
+    model, variables = tiny_run.init(tiny_run.model_config())
+    with pytest.raises(ValueError, match=message):
+        call(model, variables)
+
+
+def test_passkey_needs_the_vocabulary_and_a_memory_to_zero():
+    model, variables = tiny_run.init(tiny_run.model_config(vocab_size=12))
+    with pytest.raises(ValueError, match="vocab_size=12 is too small for PassKey"):
+        passkey_accuracy(model, variables, TASK, [9])
+    model, variables = digit_model(tiny_run.BSWA)
+    with pytest.raises(ValueError, match="this model has no FAM"):
+        passkey_accuracy(model, variables, TASK, [9], zero_memory=True)
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
+    return evaluate.main()
+
+
+def test_command_measures_passkey_with_its_control(tmp_path, monkeypatch, capsys):
+    run = tiny_run.save(tiny_run.passkey_config(), tmp_path / "run")
+    out = tmp_path / "out"
+    options = ["--checkpoint", run, "--output", out, "--trials", 20, "--lengths", 9, 12, "--zero-memory"]
+    assert command(monkeypatch, *options, "--depth", "first") == 0
+    printed = capsys.readouterr().out
+    result = results.read(out / "tiny-passkey-passkey.json")
+    kept, zeroed = result.values["curves"]
+    assert (kept["label"], zeroed["label"]) == ("tiny-passkey", "tiny-passkey, memory zeroed")
+    assert kept["blocks"] == zeroed["blocks"] == [9, 12]
+    assert kept["depth"] == "first"
+    assert kept["trials"] == [20, 20]
+    assert result.values["marks"] == [{"x": 10, "label": "longest trained"}]
+    assert result.config["evaluate"]["trials"] == 20
+    assert result.config["train"]["model"]["memory"]["fam_length"] == 2
+    assert result.seeds == [3, 0]
+    assert (out / "tiny-passkey-passkey.png").read_bytes().startswith(b"\x89PNG")
+    assert "tiny-passkey, memory zeroed" in printed
+    assert "tiny-passkey-passkey.json" in printed
+
+
+def test_command_measures_loss_by_position_of_text(tmp_path, monkeypatch):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(12):
+        (folder / f"{number}.txt").write_text(f"document {number}\n" * (number + 3))
+    config = tiny_run.text_config(source=f"text:{folder}", data_dir=str(tmp_path / "data"))
+    run = tiny_run.save(config, tmp_path / "run")
+    arguments = [
+        "--checkpoint",
+        run,
+        "--output",
+        tmp_path,
+        "--max-tokens",
+        60,
+        "--documents",
+        1,
+        "--name",
+        "x",
+    ]
+    assert command(monkeypatch, *arguments) == 0
+    result = results.read(tmp_path / "x.json")
+    (curve,) = result.values["curves"]
+    assert result.kind == "loss-by-position"
+    assert len(curve["documents"]) == 1
+    assert sum(curve["tokens"]) == curve["document_tokens"][0] <= 59
+    assert result.data is not None
+    assert "validation" in json.dumps(result.data)
+    assert 4 < curve["loss"][0] < 8  # an untrained model, about log(256)
+
+
+def test_command_refuses_what_does_not_fit(tmp_path, monkeypatch, capsys):
+    run = tiny_run.save(tiny_run.passkey_config(), tmp_path / "run")
+    text = tiny_run.save(tiny_run.text_config(source="text:nowhere/*"), tmp_path / "text")
+    for arguments, message in (
+        (["--checkpoint", run, "--task", "loss-by-position"], "was trained on PassKey"),
+        (["--checkpoint", text, "--task", "passkey"], "was trained on text"),
+        (["--checkpoint", text], "no file matches"),
+        (["--checkpoint", run, "--trials", "0"], "trials=0"),
+        (["--checkpoint", tmp_path / "none"], "no checkpoint in"),
+    ):
+        assert command(monkeypatch, *arguments, "--output", tmp_path / "out") == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert len([line for line in error.splitlines() if line.startswith("error:")]) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_option_is_an_error_of_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.evaluate", "--checkpoint", ".", "--trails", "5"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "--trails" in done.stderr

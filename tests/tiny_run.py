@@ -1,0 +1,54 @@
+"""Checkpoints of tiny untrained models, for tests of the commands that use one."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from experiments.checkpoint import Checkpoints
+from experiments.config import TrainConfig
+from experiments.data import TextData
+from experiments.data.passkey import PasskeyData, PasskeyTokenizer
+from fam_jax import Decoder, DecoderConfig, MemoryConfig
+
+FAM = MemoryConfig(block_size=8, fam_length=2)
+BSWA = MemoryConfig(block_size=8)
+
+
+def model_config(memory: MemoryConfig | None = FAM, vocab_size: int = 256) -> DecoderConfig:
+    return DecoderConfig(
+        vocab_size=vocab_size,
+        num_layers=2,
+        d_model=16,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        d_ff=32,
+        memory=memory,
+    )
+
+
+def init(config: DecoderConfig, seed: int = 0) -> tuple[Decoder, dict]:
+    """A model whose prompt and FAM matter: the initial scale of tiny models hides them."""
+    model = Decoder(config)
+    variables = model.init(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32))
+    return model, jax.tree.map(lambda leaf: 2 * leaf if leaf.ndim > 2 else leaf, variables)
+
+
+def text_config(memory: MemoryConfig | None = FAM, **data) -> TrainConfig:
+    settings = {"length": 64, "batch_size": 2, "block_size": 8, "mode": "packed"} | data
+    return TrainConfig(name="tiny", model=model_config(memory), data=TextData(**settings), steps=1)
+
+
+def passkey_config(memory: MemoryConfig | None = FAM) -> TrainConfig:
+    data = PasskeyData(block_size=8, blocks=(9, 10), digits=1)
+    model = model_config(memory, PasskeyTokenizer().vocab_size)
+    return TrainConfig(name="tiny-passkey", model=model, data=data, steps=1, seed=3)
+
+
+def save(config: TrainConfig, directory: Path) -> Path:
+    """Writes the run's folder with one checkpoint and returns it."""
+    _, variables = init(config.model)
+    rest = {"count": jnp.zeros((), jnp.int32)}
+    Checkpoints(directory / "checkpoints", keep=1).save(1, variables["params"], rest, config, {})
+    return directory
