@@ -149,17 +149,24 @@ class Decoder(nn.Module):
         return state_lib.init_state(self.config, batch, max_length)
 
     def _params(self) -> dict:
-        """Declares the parameters. Matrices start with variance 1/inputs, those that write to the residual
-        stream 1/(2 layers) of it, so that the stream's size does not grow with depth."""
+        """Declares the parameters.
+
+        As in PaLM, embeddings start with variance 1, so that the residual stream carries the token through the first
+        layers, and tied output logits with variance 1: the final norm starts at 1 / sqrt(d) for that.
+        Matrices have variance 1 / inputs, those that write to the residual stream 1 / (2 layers) of it, so that the
+        stream does not grow with depth.
+        """
         c = self.config
         dtype = jnp.dtype(c.param_dtype)
-        small = nn.initializers.normal(c.d_model**-0.5)
-        params = {"embed": self.param("embed", small, (c.vocab_size, c.d_model), dtype)}
+        rows = nn.initializers.normal(1.0)
+        params = {"embed": self.param("embed", rows, (c.vocab_size, c.d_model), dtype)}
         if not c.tie_embeddings:
-            params["unembed"] = self.param("unembed", small, (c.d_model, c.vocab_size), dtype)
+            initializer = nn.initializers.normal(c.d_model**-0.5)
+            params["unembed"] = self.param("unembed", initializer, (c.d_model, c.vocab_size), dtype)
         if c.fam_length:
-            params["fam_prompt"] = self.param("fam_prompt", small, (c.fam_length, c.d_model), dtype)
-        params["final_norm"] = self.param("final_norm", nn.initializers.ones, (c.d_model,), dtype)
+            params["fam_prompt"] = self.param("fam_prompt", rows, (c.fam_length, c.d_model), dtype)
+        final_scale = nn.initializers.constant(c.d_model**-0.5 if c.tie_embeddings else 1.0)
+        params["final_norm"] = self.param("final_norm", final_scale, (c.d_model,), dtype)
         params["layers"] = _LayerStack(c, name="layers")()
         return params
 

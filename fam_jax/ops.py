@@ -93,6 +93,7 @@ def attend(q: Array, sources: list[Source]) -> Array:
 
 def feed_forward(w_gate: Array, w_up: Array, w_down: Array, x: Array) -> Array:
     """SwiGLU: (silu(x w_gate) * x w_up) w_down, x of any shape [..., d]."""
-    gate = jnp.einsum("...d,de->...e", x, w_gate)
-    up = jnp.einsum("...d,de->...e", x, w_up)
-    return jnp.einsum("...e,ed->...d", jax.nn.silu(gate) * up, w_down)
+    # One row axis: XLA's CPU backend is nearly twice as fast at the gradient of such products.
+    rows = x.reshape(-1, x.shape[-1])
+    hidden = jax.nn.silu(rows @ w_gate) * (rows @ w_up)
+    return (hidden @ w_down).reshape(x.shape)

@@ -1,12 +1,13 @@
 """The decoder written a second time, for reading: NumPy float64, one row, one token and one head at a time.
 
-`dense_decoder` is an ordinary Transformer with an explicit [t, t] mask; it covers full causal attention, BSWA and the
-Transformer-XL window. `fam_decoder` is Algorithm 2 of arXiv 2404.09173 as a plain loop over blocks, layers and tokens.
-Both work with absolute positions only: block-local positions must give the same numbers, because rotary attention reads
-differences. They read the parameter tree of `fam_jax` and nothing else of it. The second half of the file builds models
-for the tests.
+`dense_decoder` is an ordinary Transformer with an explicit [t, t] mask; it covers full causal attention, BSWA
+and the Transformer-XL window. `fam_decoder` is Algorithm 2 of arXiv 2404.09173 as a plain loop over blocks,
+layers and tokens. Both work with absolute positions only: block-local positions must give the same numbers,
+because rotary attention reads differences. They read the parameter tree of `fam_jax` and nothing else of it.
+The end of the file builds models for the tests.
 """
 
+import contextlib
 import functools
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from fam_jax import Decoder, DecoderConfig, MemoryConfig
 
 Array = np.ndarray
 
-# ----------------------------------------------------------------------------------------------------------- pieces
+# ----------------------------------------------------------------------------------------------------- pieces
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
@@ -30,9 +31,8 @@ def rotate(x: Array, positions: Array, base: float) -> Array:
     half = x.shape[-1] // 2
     angle = np.asarray(positions, np.float64)[:, None, None] * base ** (-2.0 * np.arange(half) / x.shape[-1])
     first, second = x[..., :half], x[..., half:]
-    return np.concatenate(
-        [first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)], axis=-1
-    )
+    cos, sin = np.cos(angle), np.sin(angle)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def attend(query: Array, keys: Array, values: Array) -> Array:
@@ -53,7 +53,7 @@ def feed_forward(w: dict[str, Array], x: Array) -> Array:
 
 
 def project(w: dict[str, Array], config: Any, x: Array, key_pos: Array, query_pos: Array | None = None):
-    """Normalised and projected x [t, d]: rotated queries [t, h, k], rotated keys and plain values [t, g, k]."""
+    """Projections of normed x [t, d]: rotated queries [t, h, k], rotated keys and plain values [t, g, k]."""
     y = rms_norm(x, w["attn_norm"], config.norm_eps)
     q, k, v = (np.einsum("td,dhk->thk", y, w[name]) for name in ("wq", "wk", "wv"))
     query_pos = key_pos if query_pos is None else query_pos
@@ -70,21 +70,20 @@ def finish(w: dict[str, Array], config: Any, x: Array, attended: Array, residual
 
 
 def layers_of(params: dict[str, Any], config: Any) -> list[dict[str, Array]]:
-    return [
-        {name: np.asarray(w, np.float64)[l] for name, w in params["layers"].items()} for l in range(config.num_layers)
-    ]
+    stacks = {name: np.asarray(w, np.float64) for name, w in params["layers"].items()}
+    return [{name: stack[l] for name, stack in stacks.items()} for l in range(config.num_layers)]
 
 
 def logits_of(params: dict[str, Any], config: Any, x: Array) -> Array:
-    table = params["embed"].T if config.tie_embeddings else params["unembed"]
-    return rms_norm(x, np.asarray(params["final_norm"], np.float64), config.norm_eps) @ np.asarray(table, np.float64)
+    table = np.asarray(params["embed"].T if config.tie_embeddings else params["unembed"], np.float64)
+    return rms_norm(x, np.asarray(params["final_norm"], np.float64), config.norm_eps) @ table
 
 
-# ------------------------------------------------------------------------------------------- dense masked attention
+# ------------------------------------------------------------------------------------- dense masked attention
 
 
 def visible(memory: Any, length: int) -> Array:
-    """Which key (column) every query (row) may read: full causal, BSWA, and BSWA under a window. bool [t, t]."""
+    """Which key (column) every query (row) may read, bool [t, t]: full causal, BSWA, BSWA with a window."""
     q, k = np.indices((length, length))
     mask = k <= q
     if memory is not None:
@@ -105,11 +104,14 @@ def dense_decoder(params: dict[str, Any], config: Any, tokens: Array) -> Array:
     return logits_of(params, config, x)
 
 
-# ------------------------------------------------------------------------------------------------------ Algorithm 2
+# ------------------------------------------------------------------------------------------------ Algorithm 2
 
 
-def fam_slots(memory: Any, start: float, first: bool, offset: float) -> tuple[Array, Array]:
-    """Rotary positions of the FAM rows as keys and as queries, in the block whose first token is at `start`."""
+def fam_slots(memory: Any, start: float, prompt: bool) -> tuple[Array, Array]:
+    """Rotary positions of the FAM rows as keys and as queries, in the block whose first token is at `start`.
+
+    The learned prompt takes the slots of a FAM that has compressed a block before the first, or is pinned.
+    """
     rows = np.arange(memory.fam_length)
 
     def after(end: float) -> Array:  # the rows that have compressed the block whose last token is at `end`
@@ -119,9 +121,7 @@ def fam_slots(memory: Any, start: float, first: bool, offset: float) -> tuple[Ar
 
     if memory.fam_positions == "zero":
         return np.zeros(memory.fam_length), np.zeros(memory.fam_length)
-    keys = after(start - 1)
-    if first:
-        keys = rows if memory.prompt_positions == "pinned" else offset - memory.fam_length + rows
+    keys = rows if prompt and memory.prompt_positions == "pinned" else after(start - 1)
     return keys, after(start + memory.block_size - 1) if memory.fam_query == "new" else keys
 
 
@@ -130,7 +130,7 @@ def prompt_stream(params: dict[str, Any], config: Any, layers: list[dict[str, Ar
     if not config.memory.fam_length:
         return [np.zeros((0, config.d_model))] * len(layers)
     x = np.asarray(params["fam_prompt"], np.float64)
-    slots, _ = fam_slots(config.memory, 0, True, 0.0)
+    slots, _ = fam_slots(config.memory, 0, prompt=True)
     out = []
     for w in layers:
         out.append(x)
@@ -155,20 +155,21 @@ def fam_decoder(
         params: parameter tree.
         config: decoder configuration, with a block memory.
         tokens: int [t].
-        initial: stored FAM [L, N, d] to start from (Random State Passing); None starts from the learned prompt.
+        initial: stored FAM [L, N, d] to start from (Random State Passing); None is the learned prompt.
         offset: position of the first token (Random Position Offset).
     """
     memory, size = config.memory, config.memory.block_size
     layers = layers_of(params, config)
-    fam = prompt_stream(params, config, layers) if initial is None else [np.asarray(f, np.float64) for f in initial]
+    fam = prompt_stream(params, config, layers) if initial is None else list(np.asarray(initial, np.float64))
     without_residual = initial is None and memory.first_residual == "zero"
-    ring: list[list[tuple[Array, Array, Array]]] = [[] for _ in layers]  # positions, keys, values of past blocks
+    # Per layer, positions, keys and values of past blocks.
+    ring: list[list[tuple[Array, Array, Array]]] = [[] for _ in layers]
     embed = np.asarray(params["embed"], np.float64)
     history, outputs = [np.array(fam)], []
     for begin in range(0, len(tokens), size):
         x = embed[tokens[begin : begin + size]]
         positions = offset + begin + np.arange(len(x))
-        key_slots, query_slots = fam_slots(memory, offset + begin, begin == 0, offset)
+        key_slots, query_slots = fam_slots(memory, offset + begin, begin == 0 and initial is None)
         updated = []
         for l, w in enumerate(layers):
             q, k, v = project(w, config, x, positions)
@@ -199,7 +200,7 @@ def fam_decoder(
     return Read(np.concatenate(outputs), history)
 
 
-# ------------------------------------------------------------------------------------------------ models under test
+# ------------------------------------------------------------------------------------------ models under test
 
 SIZES = dict(vocab_size=29, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24)
 B, N = 4, 2
@@ -208,7 +209,8 @@ B, N = 4, 2
 def decoder_config(memory: dict[str, Any] | None = None, **changes: Any) -> DecoderConfig:
     """A tiny decoder in float64; `memory` holds changes to a BSWA of one segment, None is full attention."""
     block = None if memory is None else MemoryConfig(**{"block_size": B, **memory})
-    return DecoderConfig(**{**SIZES, "dtype": "float64", "param_dtype": "float64", "memory": block, **changes})
+    wide = {"dtype": "float64", "param_dtype": "float64"}
+    return DecoderConfig(**{**SIZES, **wide, "memory": block, **changes})
 
 
 def fam_config(memory: dict[str, Any] | None = None, **changes: Any) -> DecoderConfig:
@@ -221,7 +223,7 @@ def model_shapes(config: DecoderConfig) -> Any:
 
 
 def random_params(config: DecoderConfig, seed: int = 0) -> Any:
-    """Parameters in which nothing is at its initial value: norm scales differ from 1, everything has an effect."""
+    """Parameters in which nothing is at its initial value, so that everything has an effect."""
     rng = np.random.default_rng(seed)
 
     def draw(path: Any, leaf: Any) -> Array:
@@ -240,19 +242,35 @@ def random_params(config: DecoderConfig, seed: int = 0) -> Any:
 
 
 @functools.cache
+def fast_compile_options() -> dict[str, Any]:
+    """XLA options that compile tiny programs up to five times faster; those the installed version knows."""
+    known = {}
+    for option in ({"xla_backend_optimization_level": 0}, {"xla_cpu_use_fusion_emitters": False}):
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax.jit(lambda: 0, compiler_options=option)()
+            known |= option
+    return known
+
+
+def quick_jit(function: Any, **kwargs: Any) -> Any:
+    """`jax.jit` for code that is compiled once to run a few times."""
+    return jax.jit(function, compiler_options=fast_compile_options(), **kwargs)
+
+
+@functools.cache
 def params_of(config: DecoderConfig) -> Any:
     return random_params(config)
 
 
 @functools.cache
 def runner(config: DecoderConfig) -> Any:
-    """`Decoder(config).apply`, compiled; called as runner(config)(params, tokens, **kwargs)."""
+    """A decoder, compiled: takes parameters, tokens and the keywords of `Decoder.__call__`."""
     model = Decoder(config)
 
     def run(params: Any, tokens: Any, aligned: bool = False, **kwargs: Any) -> Any:
         return model.apply({"params": params}, tokens, aligned=aligned, **kwargs)
 
-    return jax.jit(run, static_argnames="aligned")
+    return quick_jit(run, static_argnames="aligned")
 
 
 def some_tokens(*shape: int, seed: int = 0, vocab: int = SIZES["vocab_size"]) -> Array:

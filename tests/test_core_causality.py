@@ -1,8 +1,8 @@
-"""Who can read whom: causality, reach and the edges of the FAM update, by exact-zero gradients and exact equality.
+"""Who can read whom: causality, reach, the edges of the FAM update, by exact-zero gradients and equal bits.
 
-With one token id per position and separate output weights, row j of the gradient by the embedding table is the
-gradient by the input at position j. An influence matrix [t, j] then says how much the logits at t depend on the input
-at j; masked attention makes its zeros exact.
+With one token id per position and separate output weights, row j of the gradient by the embedding table is
+the gradient by the input at position j. An influence matrix [t, j] then says how much the logits at t depend
+on the input at j; masked attention makes its zeros exact.
 """
 
 import functools
@@ -11,7 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.reference import B, N, assert_close, decoder_config, fam_config, params_of, runner, some_tokens
+from reference import (
+    B,
+    N,
+    assert_close,
+    decoder_config,
+    fam_config,
+    params_of,
+    quick_jit,
+    runner,
+    some_tokens,
+)
 
 from fam_jax import Decoder
 
@@ -34,14 +44,14 @@ def spread(make, memory, **changes):
 
 @functools.cache
 def influence(config):
-    """max |d logits[t] . w / d input[j]| as a [T, T] array (queries down, inputs across); call under x64."""
+    """Max |d logits[t] . w / d input[j]| as a [T, T] array (queries down, inputs across); call under x64."""
     params, model = params_of(config), Decoder(config)
     weights = np.random.default_rng(1).standard_normal(config.vocab_size)
 
     def outputs(embed):
         return model.apply({"params": {**params, "embed": embed}}, TEXT).logits[0] @ weights
 
-    gradients = jax.jit(jax.jacrev(outputs))(jnp.asarray(params["embed"]))
+    gradients = quick_jit(jax.jacrev(outputs))(jnp.asarray(params["embed"]))
     assert np.all(np.isfinite(gradients))
     return np.max(np.abs(gradients), axis=-1)
 
@@ -96,7 +106,7 @@ def test_every_token_reads_exactly_what_it_may(name, x64):
 
 
 def test_reach_of_one_segment_is_layers_times_segments_times_block_plus_offset(x64):
-    """In numbers: token 16 (offset 0) of 3 layers reads back to 4, token 19 (offset 3) to 4 too, by 15 tokens."""
+    """In numbers: through 3 layers, tokens 16 (offset 0) and 19 (offset 3) read back to 4, token 20 to 8."""
     matrix = influence(REACH["one segment"][0])
     assert [int(np.flatnonzero(matrix[t])[0]) for t in (16, 17, 19, 20)] == [4, 4, 4, 8]
 
@@ -146,18 +156,18 @@ def test_stop_gradient_holds_for_a_passed_state(schedule, x64):
         out = model.apply({"params": params}, some_tokens(1, B, seed=4), state=before.replace(**values))
         return jnp.sum(out.logits**2)
 
-    gradients = jax.jit(jax.grad(loss))(floats)
+    gradients = quick_jit(jax.grad(loss))(floats)
     assert np.all(gradients["segment_k"] == 0)
     assert np.all(gradients["segment_v"] == 0)
     assert np.any(gradients["fam"] != 0)
     assert np.any(gradients["open_k"][:, :, :2] != 0)
 
 
-# ------------------------------------------------------------------------------------------------- the FAM update
+# --------------------------------------------------------------------------------------------- the FAM update
 
 
 def fam_jacobians(config, length, wanted):
-    """d fam[l, row] . w / d `wanted` of the state that the last block starts from."""
+    """D fam[l, row] . w / d `wanted` of the state that the last block starts from."""
     params, model = params_of(config), Decoder(config)
     before = runner(config)(params, TEXT[:, : 2 * B]).state
     weights = np.random.default_rng(5).standard_normal(config.d_model)
@@ -168,12 +178,12 @@ def fam_jacobians(config, length, wanted):
         )
         return out.state.fam[:, 0] @ weights, out.logits[0] @ np.ones(config.vocab_size)
 
-    return jax.jit(jax.jacrev(outputs))(getattr(before, wanted))
+    return quick_jit(jax.jacrev(outputs))(getattr(before, wanted))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_fam_queries_ignore_the_segments(schedule, x64):
-    """The update of layer l sees the segments of no layer >= l: only through tokens do those of lower layers matter."""
+    """The update of layer l sees no segments; those of lower layers matter through tokens only."""
     config = spread(fam_config, {}, schedule=schedule)
     for name in ("segment_k", "segment_v"):
         by_fam, by_logits = fam_jacobians(config, B, name)
@@ -187,7 +197,7 @@ def test_fam_queries_ignore_the_segments(schedule, x64):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_fam_queries_read_every_fam_row_and_no_other_layer_directly(schedule, x64):
-    """F_(t-1) of layer j reaches F_t of layer l: every row to every row at l = j, through tokens at l > j, never down."""
+    """Old FAM of layer j reaches new FAM of layer l: all rows at l = j, through tokens at l > j, never down."""
     by_fam, _ = fam_jacobians(spread(fam_config, {"segments": 0}, schedule=schedule), B, "fam")
     for layer in range(LAYERS):
         for source in range(LAYERS):
@@ -198,7 +208,7 @@ def test_fam_queries_read_every_fam_row_and_no_other_layer_directly(schedule, x6
 
 
 def test_fam_queries_read_the_whole_block(x64):
-    """Every row of every layer's FAM reads every token of its block, the last one too, and of all earlier blocks."""
+    """Every row of every layer's FAM reads every token of its block, the last one too, and earlier blocks."""
     config = spread(fam_config, {"segments": 0})
     params, model = params_of(config), Decoder(config)
     weights = np.random.default_rng(6).standard_normal(config.d_model)
@@ -209,7 +219,7 @@ def test_fam_queries_read_the_whole_block(x64):
             @ weights
         )
 
-    by_embed = np.asarray(jax.jit(jax.jacrev(outputs))(jnp.asarray(params["embed"])))
+    by_embed = np.asarray(quick_jit(jax.jacrev(outputs))(jnp.asarray(params["embed"])))
     reads = np.any(by_embed != 0, axis=-1)
     assert reads[:, :, : 2 * B].all()
     assert not reads[:, :, 2 * B :].any()  # nothing of the block that is still open
@@ -219,8 +229,8 @@ def test_fam_queries_read_the_whole_block(x64):
 def test_fam_update_does_not_depend_on_the_order_of_the_block(schedule, x64):
     """Permuting the tokens of a block with their positions leaves the first layer's update unchanged.
 
-    The model gives positions by order, so the equivalent here is a model for which positions say nothing: queries are
-    zero on the pair of channels that turns, and the base is so large that the other pair does not turn.
+    The model gives positions by order, so the equivalent here is a model for which positions say nothing:
+    queries are zero on the pair of channels that turns, and by its large base the other pair does not turn.
     """
     config = fam_config({"segments": 0}, schedule=schedule, rope_base=1e30)
     plain = params_of(config)
@@ -238,7 +248,7 @@ def test_fam_update_does_not_depend_on_the_order_of_the_block(schedule, x64):
 
 
 def test_block_one_does_not_read_its_own_summary(x64):
-    """Logits of block 1 depend on the prompt but not on anything of the update: residual choice changes block 2 only."""
+    """Nothing of the update reaches the logits of block 1: the choice of its residual changes block 2."""
     zero, kept = (fam_config({"first_residual": choice}) for choice in ("zero", "fam"))
     params = params_of(zero)
     one, two = (runner(config)(params, some_tokens(1, 2 * B, seed=8)).logits[0] for config in (zero, kept))

@@ -1,10 +1,10 @@
-"""Configurations: frozen and hashable, and an impossible value is an error that names the field and the value."""
+"""Configurations are frozen values; an impossible one is an error that names the field and the value."""
 
 import dataclasses
 import pickle
 
 import pytest
-from tests.reference import SIZES, decoder_config, fam_config
+from reference import SIZES, decoder_config, fam_config
 
 from fam_jax import DecoderConfig, MemoryConfig
 

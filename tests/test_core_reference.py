@@ -1,11 +1,11 @@
-"""The decoder against independent code: dense masked attention, and a plain loop over the paper's Algorithm 2."""
+"""The decoder against independent code: dense masked attention, and a loop over the paper's Algorithm 2."""
 
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
-from tests.reference import (
+from reference import (
     B,
     N,
     assert_close,
@@ -14,11 +14,14 @@ from tests.reference import (
     fam_config,
     fam_decoder,
     params_of,
+    quick_jit,
     random_params,
     rms_norm,
     runner,
     some_tokens,
 )
+
+from fam_jax import Decoder
 
 SCHEDULES = ("layer", "block")
 T = 4 * B + 3  # an odd length: four whole blocks and an open one
@@ -141,7 +144,7 @@ def test_the_state_after_every_length_is_that_of_the_loop(x64):
 
 
 def test_gradients_equal_finite_differences_of_the_loop(x64):
-    """The directional derivative by central differences of independent code, and by automatic differentiation."""
+    """A directional derivative, by central differences of independent code and by `jax.grad`."""
     config = fam_config({"segments": 1})
     params, direction = params_of(config), random_params(config, seed=5)
     tokens = TOKENS[0, : 2 * B + 2]
@@ -158,7 +161,7 @@ def test_gradients_equal_finite_differences_of_the_loop(x64):
 
     step = 1e-5
     want = (loss(step) - loss(-step)) / (2 * step)
-    gradient = jax.jit(jax.grad(model_loss))(params)
+    gradient = quick_jit(jax.grad(model_loss))(params)
     got = sum(float(np.sum(g * q)) for g, q in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
     assert got == pytest.approx(want, rel=1e-6)
 
@@ -176,20 +179,19 @@ def test_gradients_equal_finite_differences_of_the_loop(x64):
     ids=["fam-f32", "fam-f32-block-parallel", "full-f32", "fam-bf16", "fam-bf16-block", "fam-all-bf16"],
 )
 def test_lower_precisions_stay_within_their_tolerance(config, tolerance):
-    params = params_of(config)
+    """With the model's own initial weights: larger ones amplify rounding beyond what the tolerance is for."""
+    params = quick_jit(Decoder(config).init)(jax.random.key(1), TOKENS)["params"]
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {config.param_dtype}
     with jax.default_matmul_precision("highest"):
-        out = runner(config)(params, TOKENS)
+        out = jax.jit(Decoder(config).apply)({"params": params}, TOKENS)  # compiled as users compile it
     assert out.logits.dtype == np.float32
-    for leaf in jax.tree.leaves(params):
-        assert leaf.dtype == config.param_dtype
     want = [(fam_decoder if config.memory else dense_decoder)(params, config, row) for row in TOKENS]
-    want = np.stack([read.logits if config.memory else read for read in want])
-    assert_close(out.logits, want, tolerance)
+    assert_close(out.logits, np.stack([read.logits if config.memory else read for read in want]), tolerance)
 
 
 @pytest.mark.parametrize("parallel", [False, True], ids=["serial", "parallel"])
 def test_first_update_of_one_layer_by_hand(parallel, x64):
-    """One layer, one block, one FAM row and everything written out: `F_1 = FF(norm(A)) + A` without residual."""
+    """One layer, one block, one FAM row, everything written out: `F_1 = FF(norm(A)) + A`, no residual."""
     config = fam_config(
         {"fam_length": 1, "segments": 0}, num_layers=1, parallel_block=parallel, num_kv_heads=4
     )

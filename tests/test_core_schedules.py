@@ -1,4 +1,4 @@
-"""One function, several execution orders: schedules, scanned and unrolled layers, remat; and the degenerate cases."""
+"""One function, several execution orders: schedules, unrolled layers, remat; and the degenerate cases."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.reference import (
+from reference import (
     B,
     N,
     assert_close,
@@ -15,6 +15,7 @@ from tests.reference import (
     fam_config,
     model_shapes,
     params_of,
+    quick_jit,
     random_params,
     runner,
     some_tokens,
@@ -52,7 +53,7 @@ def values_and_gradients(config, dtype=np.float64):
         )
 
     floats = {name: getattr(state, name) for name in STATE_FIELDS}
-    (_, values), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, floats)
+    (_, values), gradients = quick_jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, floats)
     return {"values": values, "parameters": gradients[0], "state": gradients[1]}
 
 
@@ -110,7 +111,7 @@ def test_full_attention_unrolled_and_remat_change_nothing(x64):
     grads = []
     for change in ({}, {"scan_layers": False}, {"remat": True}):
         model = Decoder(dataclasses.replace(config, **change))
-        loss = jax.jit(
+        loss = quick_jit(
             jax.value_and_grad(lambda p, m=model: jnp.sum(m.apply({"params": p}, TOKENS).logits ** 2))
         )
         grads.append(loss(params))
@@ -118,7 +119,7 @@ def test_full_attention_unrolled_and_remat_change_nothing(x64):
     assert_trees_close(grads[2], grads[0], 1e-10)
 
 
-# ------------------------------------------------------------------------------------------------- degenerate cases
+# ------------------------------------------------------------------------------------------- degenerate cases
 
 
 def test_one_block_without_segments_is_plain_causal(x64):
@@ -150,7 +151,7 @@ def test_gradient_stop_changes_no_value(x64):
     np.testing.assert_array_equal(runner(fam_config({"stop_gradient": True}))(params, TOKENS).logits, want)
 
 
-# -------------------------------------------------------------------------------------------------------- parameters
+# ------------------------------------------------------------------------------------------------- parameters
 
 
 def count(config, embeddings=True):
@@ -201,7 +202,7 @@ def test_parameter_tree(tied, parallel):
         want["unembed"] = (d, config.vocab_size)
     if not parallel:
         want["layers"]["ff_norm"] = (layers, d)
-    variables = jax.jit(Decoder(config).init)(jax.random.key(0), TOKENS)
+    variables = quick_jit(Decoder(config).init)(jax.random.key(0), TOKENS)
     assert set(variables) == {"params"}
     assert jax.tree.map(jnp.shape, variables["params"]) == want
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))

@@ -1,4 +1,4 @@
-"""Any split of a text gives what one call gives: open blocks, per-row lengths, document starts, constant size."""
+"""Any split of a text gives what one call gives: open blocks, per-row lengths, document starts."""
 
 import dataclasses
 import os
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import serialization
-from tests.reference import (
+from reference import (
     B,
     assert_close,
     assert_trees_close,
@@ -18,6 +18,7 @@ from tests.reference import (
     fam_config,
     fam_decoder,
     params_of,
+    quick_jit,
     runner,
     some_tokens,
 )
@@ -37,7 +38,7 @@ def x64():
 
 
 def readable(state: StreamState) -> dict[str, object]:
-    """What later tokens can read of a state: not what lies beyond the open block's offset, nor missing segments."""
+    """What later tokens can read of a state: nothing beyond the open block's offset, no missing segment."""
     segments = state.segment_k.shape[2]
     age = np.arange(segments)[::-1]  # the newest segment is the last
     written = (age < np.asarray(state.blocks)[:, None])[None, :, :, None, None, None]
@@ -101,7 +102,7 @@ def test_a_thousand_random_splits_compile_once_per_length(schedule):
     model = Decoder(config)
     traces = []
 
-    @jax.jit
+    @quick_jit
     def run(params, tokens, state):
         traces.append(tokens.shape[1])
         return model.apply({"params": params}, tokens, state=state)
@@ -128,7 +129,7 @@ def test_a_thousand_random_splits_compile_once_per_length(schedule):
     assert worst <= 1e-5 * float(np.max(np.abs(want)))
 
 
-# ------------------------------------------------------------------------------------- rows of their own in a batch
+# ------------------------------------------------------------------------------- rows of their own in a batch
 
 
 class Row:
@@ -138,7 +139,7 @@ class Row:
         self.config, self.params, self.document = config, params, []
 
     def read(self, tokens, reset):
-        """Logits of the tokens of one call; reset[j] starts a document at the j-th block this call touches."""
+        """Logits of one call's tokens; reset[j] starts a document at the j-th block that the call touches."""
         if reset[0]:
             self.document = []
         start, out, pending = len(self.document) % B, [], 0
@@ -240,7 +241,7 @@ def test_no_gradient_crosses_a_reset(schedule, x64):
     params, model = params_of(config), Decoder(config)
     text = np.arange(3 * B, dtype=np.int32)[None]  # every position has an embedding of its own
 
-    @jax.jit
+    @quick_jit
     def gradients(reset):
         def loss(embed, floats):
             state = before.replace(**floats)
@@ -280,11 +281,11 @@ def test_aligned_is_only_a_promise(schedule, x64):
         assert_trees_close(readable(aligned.state), readable(plain.state), 1e-12)
 
 
-# ------------------------------------------------------------------------------------------------ length and history
+# ----------------------------------------------------------------------------------------- length and history
 
 
 def test_the_same_contents_after_any_history_give_the_same_bits():
-    """10, 10^4 and 10^6 tokens of history that left the same contents: only counters differ, no bit of a logit."""
+    """10, 10^4 and 10^6 tokens of history, same contents: only counters differ, no bit of a logit."""
     for config in (fam_config(**F32), fam_config(schedule="block", **F32)):
         params, run = params_of(config), runner(config)
         state = run(params, LONG[:, :10]).state
@@ -326,7 +327,7 @@ def test_a_million_tokens_stream_in_constant_memory():
         assert max(resident[20:]) - resident[20] < 30 * 2**20
 
 
-# ------------------------------------------------------------------------------------------------ the state as a value
+# --------------------------------------------------------------------------------------- the state as a value
 
 
 def test_rows_slice_and_tile(x64):
@@ -374,7 +375,7 @@ def test_gradients_flow_through_a_passed_state(schedule, split, x64):
         state = jax.lax.stop_gradient(state) if stop else state
         return jnp.sum(model.apply({"params": p}, text[:, split:], state=state).logits[0] * weights)
 
-    whole, parts, stopped = jax.jit(lambda p: (jax.grad(one)(p), jax.grad(two)(p), jax.grad(two)(p, True)))(
+    whole, parts, stopped = quick_jit(lambda p: (jax.grad(one)(p), jax.grad(two)(p), jax.grad(two)(p, True)))(
         params
     )
     assert_trees_close(parts, whole, 1e-10)

@@ -1,4 +1,4 @@
-"""What happens in training only: Random State Passing, Random Position Offset, FAM noise. Off without a key."""
+"""What happens in training only: Random State Passing, Random Position Offset, FAM noise."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.reference import B, N, assert_close, fam_config, fam_decoder, params_of, runner, some_tokens
+from reference import B, N, assert_close, fam_config, fam_decoder, params_of, quick_jit, runner, some_tokens
 
 from fam_jax import Decoder, RSPState
 
@@ -30,7 +30,7 @@ def both(memory, **changes):
     return [fam_config(memory, schedule=schedule, **changes) for schedule in SCHEDULES]
 
 
-# ---------------------------------------------------------------------------------------------- Random State Passing
+# --------------------------------------------------------------------------------------- Random State Passing
 
 
 @pytest.mark.parametrize("parallel", [False, True], ids=["serial", "parallel"])
@@ -65,7 +65,7 @@ def test_rsp_is_never_used_at_zero_nor_in_evaluation_nor_before_there_is_one(x64
 
 
 def test_rsp_draws_for_every_row(x64):
-    """At one half, some rows start from the prompt and the others from the stored state, with both schedules alike."""
+    """At one half, some rows start from the prompt and the others from the stored state, the same in both."""
     configs = both({"rsp": 0.5})
     params, rsp = params_of(configs[0]), stored(configs[0])
     rows = np.repeat(TEXT[:1], 24, axis=0)
@@ -85,7 +85,7 @@ def test_rsp_draws_for_every_row(x64):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_rsp_draws_only_where_a_document_starts(schedule, x64):
-    """A row that goes on keeps its state; one that is reset, at once or at a later block, starts from the stored one."""
+    """A row that goes on keeps its state; one that is reset, now or later in the call, takes the stored one."""
     config = fam_config({"rsp": 1.0}, schedule=schedule)
     params, rsp, run = params_of(config), stored(config), runner(config)
     past = some_tokens(3, B + 2, seed=5)
@@ -117,7 +117,7 @@ def test_no_gradient_enters_the_stored_state_and_none_reaches_an_unused_prompt(x
             model.apply({"params": p}, TEXT, key=KEY, rsp=RSPState(fam=fam, valid=valid)).logits ** 2
         )
 
-    gradients = jax.jit(
+    gradients = quick_jit(
         lambda *args: (jax.grad(loss, (0, 1))(*args), jax.grad(logits_only)(args[0], *args[1:]))
     )
     fam = jnp.asarray(stored(config).fam)
@@ -158,7 +158,7 @@ def test_what_rsp_stores(schedule, x64):
     assert_close(after(padded=second).fam, history[3])
     assert_close(after(padded=third | second).fam, history[1])
     assert_close(after(padded=other_row).fam, history[3])
-    # The tail of a document, then a new document: the new one's block is stored, or, if that stays open, the one before.
+    # The tail of a document, then a new one: its block is stored, or, if that stays open, the one before.
     new = fam_decoder(params, config, TEXT[0, 2 * B :]).fam
     assert_close(after(padded=second, reset=third).fam, new[1])
     assert_close(after(padded=second, reset=third, lengths=[2 * B + 1, 0]).fam, history[1])
@@ -180,7 +180,7 @@ def test_rsp_storage_counts_blocks_from_the_open_one(x64):
     assert_close(run(params, chunk, state=state, padded=flags, rsp=rsp).rsp.fam, rsp.fam, 0.0)
 
 
-# --------------------------------------------------------------------------------------------- Random Position Offset
+# ------------------------------------------------------------------------------------- Random Position Offset
 
 
 def test_rpo_does_nothing_where_everything_moves_with_the_offset(x64):
@@ -207,7 +207,7 @@ def test_rpo_matters_where_fam_does_not_move(memory, x64):
     assert_close(runner(configs[0])(params, rows).logits[0], want)  # evaluation has no offset
 
 
-# --------------------------------------------------------------------------------------------------------- FAM noise
+# -------------------------------------------------------------------------------------------------- FAM noise
 
 
 def deviations(config, params, text, batch, key):
@@ -280,6 +280,6 @@ def test_gradients_agree_under_training_randomness(x64):
         def loss(p, model=model, rsp=rsp):
             return jnp.sum(model.apply({"params": p}, TEXT, key=KEY, rsp=rsp).logits ** 2)
 
-        grads.append(jax.jit(jax.grad(loss))(params))
+        grads.append(quick_jit(jax.grad(loss))(params))
     for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
         assert_close(a, b, 1e-9)

@@ -190,7 +190,7 @@ def test_errors_of_the_disk_are_explained_and_others_are_not(tmp_path):
         return build
 
     with pytest.raises(
-        DataError, match="No space left on device. Free space or choose another place with data_dir"
+        DataError, match=r"No space left on device. Free space or choose another place with data_dir"
     ):
         build_once(tmp_path / "thing", raising(errno.ENOSPC))
     with pytest.raises(ConnectionResetError):
@@ -199,7 +199,7 @@ def test_errors_of_the_disk_are_explained_and_others_are_not(tmp_path):
 
 def test_a_place_that_is_a_file(source, tmp_path):
     (tmp_path / "data").write_text("")
-    with pytest.raises(DataError, match="could not be prepared: .* choose another place with data_dir"):
+    with pytest.raises(DataError, match=r"could not be prepared: .* choose another place with data_dir"):
         load(TextData(source=source, data_dir=str(tmp_path / "data")))
 
 
@@ -212,7 +212,9 @@ def test_damaged_prepared_files(tmp_path, name, damage):
     path.unlink()
     if damage == "cut":
         path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match=f"is missing or damaged: delete the directory {path.parent} and run"):
+    with pytest.raises(
+        DataError, match=rf"is missing or damaged \(.*\): delete the directory {path.parent} and run"
+    ):
         data_helpers.store(tmp_path, ["abc", "defg"])
     for file in path.parent.iterdir():
         file.unlink()
@@ -227,7 +229,7 @@ def test_damaged_prepared_text(source, tmp_path):
     tokens.rename(tmp_path / "away")
     (records,) = data.glob("corpora/[!.]*/text_corpus/*/*train.array_record*")
     records.write_bytes(records.read_bytes()[:1000])
-    with pytest.raises(DataError, match="is missing or damaged: delete the directory"):
+    with pytest.raises(DataError, match=r"text_corpus is missing or damaged \(.*\): delete the directory"):
         load(TextData(source=source, data_dir=str(data)))
 
 

@@ -173,5 +173,5 @@ def test_text_shorter_than_a_row(tmp_path):
 
 @pytest.mark.parametrize("length", [24, 44, 45])
 def test_a_row_too_short_for_the_repeated_segment(tmp_path, length):
-    with pytest.raises(DataError, match="repeat_tokens=12: .*lower repeat_tokens or raise length"):
+    with pytest.raises(DataError, match=r"repeat_tokens=12: .*lower repeat_tokens or raise length"):
         data_helpers.packed(tmp_path, LONG, length=length, repeat_tokens=12)

@@ -7,13 +7,13 @@ import pytest
 
 from experiments.data import Batches, DataError, TextData
 
-# Lengths around the block size of 4: empty, one token, one block less one, exact, plus one, and several blocks.
+# Lengths around the block size of 4: empty, one token, a block less one, exact, plus one, and several blocks.
 TEXTS = ("", "a", "bcd", "efgh", "ijklm", "", "nopqrstu", "vwxyzABCDEFGHIJKLMNOPQRS", "0123456789", "TU")
 SETTINGS = {"batch_size": 3, "length": 8, "block_size": 4}
 
 
 def documents_read(batches, block):
-    """The documents in order of their starts, read back from batches alone, and the order of (step, block, row)."""
+    """The documents, as lists of blocks, in the order of their starts: step, block, row."""
     rows = batches[0]["tokens"].shape[0]
     open_, done = [None] * rows, []
     for batch in batches:
@@ -30,7 +30,7 @@ def documents_read(batches, block):
 
 
 def text_of(pieces):
-    """The text of a document from its blocks; checks targets, weights and padding on the way. None: cut off."""
+    """The text of a document from its blocks, and whether it is complete; checks targets and padding."""
     text, expected = b"", None
     for i, (tokens, targets, weights, padded) in enumerate(pieces):
         count = int(weights.sum())

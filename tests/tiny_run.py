@@ -1,5 +1,6 @@
 """Checkpoints of tiny untrained models, for tests of the commands that use one."""
 
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -28,10 +29,11 @@ def model_config(memory: MemoryConfig | None = FAM, vocab_size: int = 256) -> De
     )
 
 
-def init(config: DecoderConfig, seed: int = 0) -> tuple[Decoder, dict]:
-    """A model whose prompt and FAM matter: the initial scale of tiny models hides them."""
+@cache
+def init(config: DecoderConfig) -> tuple[Decoder, dict]:
+    """A model whose FAM matters: the initial scale of tiny models hides it."""
     model = Decoder(config)
-    variables = model.init(jax.random.key(seed), jnp.zeros((1, 8), jnp.int32))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
     return model, jax.tree.map(lambda leaf: 2 * leaf if leaf.ndim > 2 else leaf, variables)
 
 

@@ -88,11 +88,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(value, dict):
-            return value
-    except (OSError, ValueError):
-        pass
-    raise damaged(path)
+    except (OSError, ValueError) as error:
+        raise damaged(path, error) from error
+    if not isinstance(value, dict):
+        raise damaged(path, "no JSON object")
+    return value
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -100,10 +100,12 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def damaged(path: Path, what: str = "") -> DataError:
-    """The error for a prepared file that is not as it was written."""
+def damaged(path: Path, error: Exception | str) -> DataError:
+    """The error for a prepared file that is not as it was written; `error` says what was noticed."""
+    reason = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
     return DataError(
-        f"{what or path} is missing or damaged: delete the directory {path.parent} and run the same command again"
+        f"{path} is missing or damaged ({reason}): delete the directory {path.parent} and run the same "
+        "command again"
     )
 
 

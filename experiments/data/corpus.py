@@ -160,4 +160,4 @@ def _read(directory: Path, split: str) -> Iterator[Text]:
         for record in builder.read(directory, split):
             yield Text(record["id"].decode("utf-8"), record["text"].decode("utf-8"))
     except Exception as error:  # whatever the readers make of a damaged file
-        raise damaged(directory / "manifest.json", f"the text of the {split} split") from error
+        raise damaged(directory / "text_corpus", error) from error

@@ -46,9 +46,9 @@ class TokenStore:
                 self._starts, self.lengths, names = index["starts"], index["lengths"], index["names"]
             self._tokens = np.memmap(directory / f"{split}.bin", np.dtype(described["dtype"]), "r")
         except Exception as error:  # whatever NumPy and zipfile make of a damaged file
-            raise damaged(path) from error
+            raise damaged(path, error) from error
         if self._tokens.size != described["tokens"] or int(self.lengths.sum()) != described["tokens"]:
-            raise damaged(path)
+            raise damaged(path, "not all of the tokens are there")
         self.names = names
         self.sha256: str = described["tokens_sha256"]
 

@@ -1,0 +1,146 @@
+"""Tiny runs for the tests of training: text, configs, processes, and what they leave behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
+
+from experiments.checkpoint import Checkpoints, Restored
+from experiments.config import TrainConfig, to_json
+from experiments.data import TextData
+from experiments.metrics import read_metrics
+from experiments.optim import OptimConfig, make_optimizer
+from experiments.step import create_state
+from fam_jax import Decoder, DecoderConfig, MemoryConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = DecoderConfig(
+    vocab_size=256,
+    num_layers=2,
+    d_model=16,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    d_ff=32,
+    memory=MemoryConfig(block_size=8, fam_length=2, rsp=0.5, noise=0.1),
+)
+
+
+@pytest.fixture(scope="session")
+def compile_cache(tmp_path_factory):
+    """A folder in which this process and those that it starts keep what they compile, and find it again."""
+    folder = tmp_path_factory.mktemp("compiled")
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (str(folder), 0, -1), strict=True):
+        jax.config.update(name, value)
+    jax_cache.reset_cache()
+    yield folder
+    for name, value in before.items():
+        jax.config.update(name, value)
+    jax_cache.reset_cache()
+
+
+def write_text(folder: Path) -> str:
+    """Twelve documents of 100 to 300 letters; returns the source that reads them."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        letters = rng.choice(list("abcdefgh \n"), 100 + int(rng.integers(200)))
+        (folder / f"{number:02d}.txt").write_text("".join(letters))
+    return f"text:{folder}"
+
+
+def tiny(tmp_path: Path, name: str = "run", mode: str = "stream", **changes) -> TrainConfig:
+    """A run of 20 steps with FAM, noise and Random State Passing; in stream mode documents end on the way."""
+    data = TextData(
+        source=write_text(tmp_path / "text"),
+        mode=mode,
+        batch_size=2,
+        length=32,
+        block_size=8,
+        data_dir=str(tmp_path / "data"),
+    )
+    settings = {
+        "optim": OptimConfig(learning_rate=1e-2, warmup_steps=3),
+        "steps": 20,
+        "log_every": 1,
+        "eval_every": 0,
+        "eval_steps": 2,
+        "checkpoint_every": 10,
+    } | changes
+    return TrainConfig(name=name, model=MODEL, data=data, work_dir=str(tmp_path / name), **settings)
+
+
+def with_model(config: TrainConfig, **changes) -> TrainConfig:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """For processes that share what they compile."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+_PROCESS = """
+import json, os, signal, sys
+from experiments.config import TrainConfig, from_json
+from experiments.train import train
+
+def kill(step, metrics, state):
+    if step == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train(from_json(json.loads(sys.argv[1]), TrainConfig), progress=False, callback=kill if int(sys.argv[2]) else None)
+"""
+
+
+def train_process(config: TrainConfig, cache: Path, kill_at: int = 0) -> subprocess.CompletedProcess:
+    """Trains in a process of its own, which is killed after a step if asked for."""
+    command = [sys.executable, "-c", _PROCESS, json.dumps(to_json(config)), str(kill_at)]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=300
+    )
+
+
+def restore(config: TrainConfig) -> Restored | None:
+    """The latest checkpoint of a run, all of it."""
+    model, (optimizer, _) = Decoder(config.model), make_optimizer(config.optim, config.steps)
+    shapes = jax.eval_shape(functools.partial(create_state, config, model, optimizer))
+    rest = {f.name: getattr(shapes, f.name) for f in dataclasses.fields(shapes) if f.name != "params"}
+    return Checkpoints(config.directory / "checkpoints", keep=9).restore(shapes.params, rest, config)
+
+
+def assert_same_bits(a, b) -> None:
+    """Two trees have the same structure and, leaf by leaf, the same type, shape and bits."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        x, y = np.asarray(x), np.asarray(y)
+        same = x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
+        assert same, f"{jax.tree_util.keystr(path)} differs"
+
+
+def metric_rows(config: TrainConfig) -> list[dict]:
+    """The metrics file without what depends on the clock."""
+    rows = read_metrics(config.directory / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
