@@ -40,7 +40,8 @@ def test_rows_have_their_own_lengths(x64):
         for r, n in enumerate(lengths):
             chunk[r, :n] = TOKENS[r, taken[r] : taken[r] + n]
         out = run(params, chunk, state=state, lengths=np.array(lengths))
-        for r, n in enumerate(lengths):
+        for r in np.flatnonzero(lengths):
+            n = lengths[r]
             want = dense_decoder(params, CONFIG, TOKENS[r, : taken[r] + n])[taken[r] :]
             assert_close(out.logits[r, :n], want, 1e-10, f"row {r} after {taken[r]}")
         state, taken = out.state, taken + lengths
@@ -70,8 +71,11 @@ def test_overflow_is_an_error_and_never_silent(x64):
 def test_an_overflowed_row_stays_marked(x64):
     params, model = params_of(CONFIG), Decoder(CONFIG)
     run = runner(CONFIG)
-    state = run(params, TOKENS[:1, :5], state=model.init_state(1, max_length=4)).state
-    assert np.all(np.isnan(run(params, TOKENS[:1, :2], state=state).logits))
+    state = run(params, TOKENS[:1, :3], state=model.init_state(1, max_length=4)).state
+    state = run(params, TOKENS[:1, 3:6], state=state).state
+    assert np.all(np.isnan(run(params, TOKENS[:1, 6:9], state=state).logits))
+    with pytest.raises(ValueError, match="max_length"):  # more than the cache holds: known before anything runs
+        run(params, TOKENS[:1, :5], state=model.init_state(1, max_length=4))
 
 
 def test_continuing_without_capacity_says_what_to_do():

@@ -157,7 +157,7 @@ def test_gradients_equal_finite_differences_of_the_loop(x64):
         return float(np.sum(weights * fam_decoder(moved(step), config, tokens).logits))
 
     def model_loss(p):
-        return (weights * runner(config)(p, tokens[None]).logits[0]).sum()
+        return (weights * Decoder(config).apply({"params": p}, tokens[None]).logits[0]).sum()
 
     step = 1e-5
     want = (loss(step) - loss(-step)) / (2 * step)

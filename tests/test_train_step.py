@@ -1,6 +1,7 @@
 """The training step: losses by hand, metrics, and what is carried from step to step."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -101,8 +102,9 @@ def test_step_hands_on_the_memory(stream):
     before = create()
     params, key = jax.tree.map(np.asarray, before.params), jax.random.fold_in(before.key, 0)
     variables = {"params": params}
-    kwargs = {"reset": first["reset"], "padded": first["padded"], "aligned": True}
-    expected = model.apply(variables, first["tokens"], state=before.stream, rsp=before.rsp, key=key, **kwargs)
+    kwargs = {"reset": first["reset"], "padded": first["padded"]}
+    apply = jax.jit(functools.partial(model.apply, aligned=True))
+    expected = apply(variables, first["tokens"], state=before.stream, rsp=before.rsp, key=key, **kwargs)
 
     after, metrics = step(before, first)
     assert int(after.step) == 1
@@ -124,7 +126,7 @@ def test_step_hands_on_the_memory(stream):
 
 
 def test_gradient_includes_z_loss(stream):
-    """One step of plain gradient descent on the loss written out here moves the parameters as the step does."""
+    """Plain gradient descent on the loss written out here moves the parameters as the step does."""
     model, create, _, (batch, _) = stream[1:]
     tx = optax.sgd(0.1)
     state = create().replace(opt_state=tx.init(create().params))
@@ -152,8 +154,8 @@ def test_evaluation_has_no_randomness(stream):
     state = create()
     step = make_eval_step(model)
     sums, after = step(state.params, batch, state.stream)
-    kwargs = {"reset": batch["reset"], "aligned": True}
-    plain = model.apply({"params": state.params}, batch["tokens"], state=state.stream, **kwargs)
+    variables, apply = {"params": state.params}, jax.jit(functools.partial(model.apply, aligned=True))
+    plain = apply(variables, batch["tokens"], state=state.stream, reset=batch["reset"])
     expected = token_sums(plain.logits, batch["targets"], batch["weights"])
     for name, value in sums.items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-5)

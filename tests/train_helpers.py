@@ -109,7 +109,8 @@ def kill(step, metrics, state):
     if step == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
 
-train(from_json(json.loads(sys.argv[1]), TrainConfig), progress=False, callback=kill if int(sys.argv[2]) else None)
+config = from_json(json.loads(sys.argv[1]), TrainConfig)
+train(config, progress=False, callback=kill if int(sys.argv[2]) else None)
 """
 
 

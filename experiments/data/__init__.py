@@ -1,12 +1,11 @@
 """Data of the experiments: real text by name, in stream or packed batches, and synthetic tasks."""
 
-from experiments.data.config import SPLITS, TextData
+from experiments.data.config import TextData
 from experiments.data.loading import Documents, documents, load, manifest
 from experiments.data.protocol import Batch, Batches, DataError
 from experiments.data.tokenizers import Tokenizer, check_ids, load_tokenizer
 
 __all__ = [
-    "SPLITS",
     "Batch",
     "Batches",
     "DataError",

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 PG19_URL = "https://storage.googleapis.com"
-SPLITS = ("train", "validation")
 
 
 @dataclasses.dataclass(frozen=True)

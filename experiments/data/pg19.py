@@ -150,13 +150,11 @@ def _append(address: str, book: Book, part: Path) -> None:
     if have < book.size:
         request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
-                # A server without ranges sends everything again, with status 200.
-                span = answer.headers.get("Content-Range", "")
-                goes_on = answer.status == 206 and span.startswith(f"bytes {have}-")
-                with open(part, "ab" if goes_on else "wb") as file:
-                    while chunk := answer.read(CHUNK_BYTES):
-                        file.write(chunk)
+            answer = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
+            # A server without ranges sends everything again, with status 200.
+            with answer, open(part, "ab" if answer.status == 206 else "wb") as file:
+                while chunk := answer.read(CHUNK_BYTES):
+                    file.write(chunk)
         except urllib.error.HTTPError as error:
             if error.code != 416:
                 raise

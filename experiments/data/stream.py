@@ -55,9 +55,8 @@ class StreamBatches:
                 reset[row, block] = True
             length = int(self._store.lengths[document])
             count = min(length - start, t - block * self._block)
-            ids = self._store.read(
-                document, start, start + count + 1
-            )  # and the target of the last one, if any
+            # One token more, the target of the last one, unless the document ends here.
+            ids = self._store.read(document, start, start + count + 1)
             at = block * self._block
             tokens[row, at : at + count] = ids[:count]
             targets[row, at : at + ids.size - 1] = ids[1:]

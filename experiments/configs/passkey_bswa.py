@@ -1,0 +1,18 @@
+"""The window-only twin of passkey: the same size, data and steps, one memory segment and no FAM.
+
+python -m experiments.train --config passkey_bswa --seed 0 --data.seed 0
+python -m experiments.evaluate --checkpoint runs/passkey_bswa --lengths 16 64 224 --batch-size 50
+"""
+
+import dataclasses
+
+from experiments.config import TrainConfig
+from experiments.configs import passkey
+
+
+def config() -> TrainConfig:
+    """`passkey` with the block before the current one in sight instead of a FAM."""
+    base = passkey.config()
+    assert base.model.memory is not None
+    memory = dataclasses.replace(base.model.memory, fam_length=0, segments=1, noise=0.0)
+    return dataclasses.replace(base, name="passkey_bswa", model=dataclasses.replace(base.model, memory=memory))
