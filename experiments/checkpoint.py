@@ -112,9 +112,7 @@ class Checkpoints:
                 "step": step,
                 "config": to_json(config),
                 "data": dict(data),
-                "arrays": {
-                    item: {k: _shape(leaf) for k, leaf in leaves.items()} for item, leaves in items.items()
-                },
+                "arrays": {item: {k: _shape(leaf) for k, leaf in leaves.items()} for item, leaves in items.items()},
                 "files": _checksums(partial),
             }
             _write_meta(partial / "meta.json", content)
@@ -168,9 +166,7 @@ class Checkpoints:
             for bad in damaged:  # out of the way, because this run will write that step again
                 aside = _free_name(bad.folder.with_name(f"damaged-{bad.folder.name}"))
                 os.rename(bad.folder, aside)
-                _warn(
-                    f"{bad}; it is now {aside}, delete it when you like. Continuing from step {step} instead"
-                )
+                _warn(f"{bad}; it is now {aside}, delete it when you like. Continuing from step {step} instead")
             return restored
         if damaged:
             raise CheckpointError(
@@ -202,18 +198,14 @@ def load_model(path: Path | str, step: int | None = None) -> tuple[Decoder, dict
                 "experiments.train --config NAME"
             )
         if step is not None and step not in steps:
-            raise CheckpointError(
-                f"no checkpoint of step {step} in {folder}; there are {', '.join(map(str, steps))}"
-            )
+            raise CheckpointError(f"no checkpoint of step {step} in {folder}; there are {', '.join(map(str, steps))}")
         candidates = [folder / str(s) for s in (reversed(steps) if step is None else [step])]
     for folder in candidates:
         try:
             meta = _verify(folder, "params")
         except DamagedCheckpoint as error:
             if folder == candidates[-1]:
-                raise CheckpointError(
-                    f"{error}. Bring it back from a copy, or give another checkpoint"
-                ) from error
+                raise CheckpointError(f"{error}. Bring it back from a copy, or give another checkpoint") from error
             _warn(f"{error}. Reading an earlier one instead")
             continue
         config = _read_config(meta, folder)
@@ -253,9 +245,7 @@ def _load(folder: Path, item: str, like: Any, meta: dict[str, Any]) -> Any:
             )
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = {
-        name: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default
-        )
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default)
         for name, leaf in wanted.items()
     }
     try:
@@ -274,8 +264,7 @@ def _read_config(meta: dict[str, Any], folder: Path) -> TrainConfig:
         return from_json(meta["config"], TrainConfig)
     except ValueError as error:
         raise CheckpointError(
-            f"{folder} was written by another version of the code, whose settings this one does not know: "
-            f"{error}"
+            f"{folder} was written by another version of the code, whose settings this one does not know: {error}"
         ) from error
 
 

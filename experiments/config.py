@@ -69,8 +69,7 @@ class TrainConfig:
             raise ValueError(f"TrainConfig.z_loss={self.z_loss!r} is not allowed; it must be at least 0")
         if not self.name or self.name in (".", "..") or "/" in self.name:
             raise ValueError(
-                f"TrainConfig.name={self.name!r} is not allowed; it names a folder, so it needs letters and "
-                "no slash"
+                f"TrainConfig.name={self.name!r} is not allowed; it names a folder, so it needs letters and no slash"
             )
 
     @property
@@ -164,9 +163,7 @@ def from_json(values: Any, cls: type[T], where: str = "config") -> T:
     return cls(**{name: _decode(value, hints[name], f"{where}.{name}") for name, value in values.items()})
 
 
-def differences(
-    before: dict[str, Any], now: dict[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, Any, Any]]:
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Where two JSON configs differ: (dotted field, before, now), in order; what is missing is None."""
     for key in dict.fromkeys([*before, *now]):
         a, b = before.get(key), now.get(key)
@@ -202,8 +199,7 @@ def _decode(value: Any, hint: Any, where: str) -> Any:
         if origin is tuple and isinstance(value, list):
             each = [args[0]] * len(value) if args[-1] is Ellipsis else args
             return tuple(
-                _decode(item, kind, f"{where}[{i}]")
-                for i, (item, kind) in enumerate(zip(value, each, strict=True))
+                _decode(item, kind, f"{where}[{i}]") for i, (item, kind) in enumerate(zip(value, each, strict=True))
             )
         if origin is Literal and value in args:
             return value

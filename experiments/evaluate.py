@@ -103,9 +103,7 @@ def main() -> int:
     return 0
 
 
-def _passkey(
-    options: Options, model: Decoder, variables: Any, config: TrainConfig
-) -> tuple[Any, Any, list[int]]:
+def _passkey(options: Options, model: Decoder, variables: Any, config: TrainConfig) -> tuple[Any, Any, list[int]]:
     """Values, data manifest and seeds of the PassKey result of a checkpoint."""
     settings = config.data
     if not isinstance(settings, PasskeyData):
@@ -136,9 +134,7 @@ def _passkey(
     return {"curves": curves, "marks": marks}, None, [config.seed, options.seed]
 
 
-def _documents(
-    options: Options, model: Decoder, variables: Any, config: TrainConfig
-) -> tuple[Any, Any, list[int]]:
+def _documents(options: Options, model: Decoder, variables: Any, config: TrainConfig) -> tuple[Any, Any, list[int]]:
     """Values, data manifest and seeds of the loss by position of a checkpoint."""
     settings = config.data
     if isinstance(settings, PasskeyData):

@@ -201,9 +201,7 @@ def run(options: Options) -> Answer:
         CheckpointError: see `load_model`.
     """
     if options.prompt_file is not None:
-        characters = sum(
-            map(len, text_pieces(options.prompt_file))
-        )  # a wrong file is told before the model loads
+        characters = sum(map(len, text_pieces(options.prompt_file)))  # a wrong file is told before the model loads
         texts = text_pieces(options.prompt_file)
     else:
         assert options.prompt is not None
@@ -229,9 +227,7 @@ def run(options: Options) -> Answer:
 
 def tokenizer_of(config: TrainConfig) -> Codec:
     """The tokenizer of a run's data."""
-    return (
-        PasskeyTokenizer() if isinstance(config.data, PasskeyData) else load_tokenizer(config.data.tokenizer)
-    )
+    return PasskeyTokenizer() if isinstance(config.data, PasskeyData) else load_tokenizer(config.data.tokenizer)
 
 
 def main() -> int:

@@ -68,12 +68,12 @@ def loss_by_position(
     document_loss = np.zeros(len(texts))
     size = _chunk_tokens(model, chunk)
     # Documents of like length side by side: rows that are through wait for the longest.
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    order = sorted((i for i in range(len(texts)) if len(texts[i]) > 1), key=lambda i: -len(texts[i]))
     groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     with _bar(sum(len(texts[i]) for i in order), "token", progress) as bar:
         for group in groups:
             lengths = np.array([len(texts[i]) for i in group] + [0] * (batch_size - len(group)))
-            ids = np.zeros((batch_size, max(lengths.max(), 1)), np.int32)
+            ids = np.zeros((batch_size, lengths.max()), np.int32)
             for row, index in enumerate(group):
                 ids[row, : lengths[row]] = texts[index]
             for start, nll, _ in _read_in_chunks(model, variables, ids[:, :-1], ids[:, 1:], size):
@@ -159,9 +159,7 @@ def passkey_accuracy(
                     asked = batch["weights"][:, start : start + hit.shape[1]] > 0
                     good &= (hit | ~asked).all(1)
                     bar.update(hit.size)
-                right += int(
-                    good[: trials - number * batch_size].sum()
-                )  # the last batch may be more than asked
+                right += int(good[: trials - number * batch_size].sum())  # the last batch may be more than asked
             correct.append(right)
     return {
         "blocks": list(lengths),

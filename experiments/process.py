@@ -29,8 +29,7 @@ def only_process(directory: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BusyError(
-                f"another process is training in {directory}; wait for it, stop it, or give this run its own "
-                "--work-dir"
+                f"another process is training in {directory}; wait for it, stop it, or give this run its own --work-dir"
             ) from None
         yield
 

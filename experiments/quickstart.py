@@ -62,18 +62,18 @@ class Part:
 def parts(options: Options) -> dict[str, Part]:
     """The three models, by the label that tables give them."""
     fam, bswa, text = (configs.get(name) for name in ("passkey", "passkey_bswa", "lm"))
-    blocks = (3,) if options.smoke else (3, 6, 12)
+    blocks: tuple[int, ...] = (3,) if options.smoke else (3, 6, 12)
     steps = 4 if options.smoke else 1200
 
     def passkey(config: TrainConfig) -> TrainConfig:
+        assert isinstance(config.data, PasskeyData)
         task = dataclasses.replace(config.data, blocks=blocks)
         return dataclasses.replace(config, data=task, steps=steps, checkpoint_every=200)
 
     # A language model learns more in a short time from short rows and many updates.
+    assert isinstance(text.data, data.TextData)
     rows = dataclasses.replace(text.data, length=512, batch_size=8)
-    text = dataclasses.replace(
-        text, data=rows, steps=4 if options.smoke else 600, eval_every=0, checkpoint_every=200
-    )
+    text = dataclasses.replace(text, data=rows, steps=4 if options.smoke else 600, eval_every=0, checkpoint_every=200)
     made = {"FAM": Part(passkey(fam), 150), "window only": Part(passkey(bswa), 60), "FAM, text": Part(text, 160)}
     return {label: dataclasses.replace(part, config=_settle(options, part.config)) for label, part in made.items()}
 
@@ -158,11 +158,14 @@ def measure_text(options: Options, label: str, part: Part) -> tuple[results.Resu
         "quickstart-text",
         config=to_json(part.config),
         seeds=[part.config.seed],
-        values={"curves": [{"label": label, "seed": part.config.seed, "steps": result.step, **curve}], "sample": sample},
+        values={
+            "curves": [{"label": label, "seed": part.config.seed, "steps": result.step, **curve}],
+            "sample": sample,
+        },
         wall_seconds=time.perf_counter() - start,
         data=data.manifest(settings),
     )
-    shown = f"--- the end of what it read of {chosen[0].name}:\n{prompt[-300:]}\n--- and how it goes on:\n{answer.text}\n---"
+    shown = f"--- the end of what it read of {chosen[0].name}:\n{prompt[-300:]}\n--- it goes on:\n{answer.text}\n---"
     return made, shown
 
 
@@ -176,10 +179,14 @@ def summary(passkey: results.Result, text: results.Result) -> str:
         lower = 1
         for position, loss in zip(curve["position"], curve["loss"], strict=True):
             if loss is not None:
-                rows.append((f"nats per byte, bytes {lower:,} to {position:,} of a document", curve["label"], f"{loss:.3f}"))
+                rows.append(
+                    (f"nats per byte, bytes {lower:,} to {position:,} of a document", curve["label"], f"{loss:.3f}")
+                )
             lower = position + 1
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
@@ -211,7 +218,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> str:
         say(f"  {file}")
     say(
         "\nnext:\n"
-        f"  python -m experiments.generate --checkpoint {models['FAM, text'].config.directory} --prompt-file README.md\n"
+        f"  python -m experiments.generate --checkpoint {options.directory / 'lm'} --prompt-file README.md\n"
         "  python -m experiments.train --config lm        # longer, with evaluation; then experiments.evaluate\n"
         "  python -m experiments.train --config passkey   # holds a key over far longer texts"
     )

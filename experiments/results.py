@@ -252,9 +252,7 @@ def to_json(value: Any, where: str = "value") -> Any:
         return value
     if isinstance(value, Path):
         return str(value)
-    raise ResultError(
-        f"{where} is a {type(value).__name__}, which has no JSON form; give numbers, text, lists"
-    )
+    raise ResultError(f"{where} is a {type(value).__name__}, which has no JSON form; give numbers, text, lists")
 
 
 def command_line() -> str:

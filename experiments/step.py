@@ -93,9 +93,7 @@ def means(sums: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _apply(
-    model: Decoder, params: Any, batch: Mapping[str, Array], stream: StreamState | None, **kwargs: Any
-) -> Any:
+def _apply(model: Decoder, params: Any, batch: Mapping[str, Array], stream: StreamState | None, **kwargs: Any) -> Any:
     """The decoder on a batch: rows go on from `stream` if there is one, else each starts a document."""
     if stream is not None:
         # Rows are fed whole blocks only, so no block is ever open.

@@ -106,9 +106,7 @@ def train(
 class _Run:
     """One process's part of a run."""
 
-    def __init__(
-        self, config: TrainConfig, progress: bool, callback: Callback | None, stack: contextlib.ExitStack
-    ):
+    def __init__(self, config: TrainConfig, progress: bool, callback: Callback | None, stack: contextlib.ExitStack):
         self.config, self.progress, self.callback = config, progress, callback
         self.model = Decoder(config.model)
         optimizer, schedule = make_optimizer(config.optim, config.steps)
@@ -169,9 +167,7 @@ class _Run:
         # A curriculum's next batch depends on this step's metrics, so it cannot run ahead of them.
         lockstep = self.callback is not None or hasattr(self.batches, "observe")
         if step >= config.steps:
-            self._say(
-                f"nothing is left to do: {step:,} of {config.steps:,} steps are made; give more --steps"
-            )
+            self._say(f"nothing is left to do: {step:,} of {config.steps:,} steps are made; give more --steps")
         for step in range(self.start + 1, config.steps + 1):
             batch = next(self.batches)
             self.state, metrics = self.train_step(self.state, batch)

@@ -103,8 +103,8 @@ class MemoryConfig:
             check_int(name, "window", self.window, 1)
             if self.window > self.segments * self.block_size + 1:
                 raise ValueError(
-                    f"MemoryConfig.window={self.window} reaches beyond the cached keys; with segments={self.segments} and "
-                    f"block_size={self.block_size} it is at most segments * block_size + 1 = "
+                    f"MemoryConfig.window={self.window} reaches beyond the cached keys; with segments={self.segments} "
+                    f"and block_size={self.block_size} it is at most segments * block_size + 1 = "
                     f"{self.segments * self.block_size + 1}; add segments or make the window smaller"
                 )
         if self.positions != "absolute":
@@ -115,7 +115,9 @@ class MemoryConfig:
             ):
                 if needs:
                     value = getattr(self, field)
-                    raise ValueError(f"MemoryConfig.{field}={value!r} needs positions='absolute', not {self.positions!r}")
+                    raise ValueError(
+                        f"MemoryConfig.{field}={value!r} needs positions='absolute', not {self.positions!r}"
+                    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """The decoder: parameters, the two schedules, and the streaming interface."""
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,11 +11,12 @@ from flax import struct
 from jax import Array
 
 from fam_jax import state as state_lib
+from fam_jax.call import check_call
 from fam_jax.config import DecoderConfig
 from fam_jax.fam import FamInputs, climb
 from fam_jax.layer import layer
 from fam_jax.ops import accumulation_dtype, rms_norm
-from fam_jax.plan import Layout, Plan, make_plan
+from fam_jax.plan import Plan, make_plan
 from fam_jax.state import LayerMemory, RSPState, StreamState
 from fam_jax.sublayers import LayerParams, cast
 
@@ -90,23 +93,16 @@ class Decoder(nn.Module):
         config = self.config
         dtype = jnp.dtype(config.dtype)
         params = self._params()
-        tokens, state, lengths, reset, padded, aligned = _check_call(
-            config, tokens, state, lengths, reset, padded, aligned
-        )
+        call = check_call(config, tokens, state, lengths, reset, padded, aligned)
         if self.is_initializing():  # the parameters are declared; reading the tokens would only cost time
             return None
-        batch, time = tokens.shape
+        batch, time = call.tokens.shape
         if rsp is not None and not config.fam_length:
             raise ValueError("rsp was given, but this model has no FAM to start from it; leave it out")
 
         plan, layout = make_plan(
             config,
-            state,
-            max(time, 1),
-            lengths,
-            reset,
-            padded,
-            aligned=aligned,
+            call,
             key=key,
             rsp_valid=None if rsp is None else rsp.valid,
         )
@@ -125,12 +121,12 @@ class Decoder(nn.Module):
         layers = _Layers(layer_params, inputs)
 
         source = layout.source.reshape(batch, -1)
-        ids = jnp.take_along_axis(tokens, source, axis=1) if time else jnp.zeros_like(source)
+        ids = jnp.take_along_axis(call.tokens, source, axis=1) if time else jnp.zeros_like(source)
         embed = params["embed"].astype(dtype)
         x = jnp.take(embed, ids, axis=0).reshape(*layout.source.shape, config.d_model)
         # Windows shorter than a block are at most two: the block schedule's loop, which can skip one.
         run = _layer_schedule if config.schedule == "layer" and plan.slot is None else _block_schedule
-        x, memory, kept = run(config, layers, x, state.layers, plan)
+        x, memory, kept = run(config, layers, x, call.state.layers, plan)
 
         x = x.reshape(batch, -1, config.d_model)
         x = x[:, :time] if layout.target is None else jnp.take_along_axis(x, layout.target[:, :time, None], axis=1)
@@ -140,7 +136,7 @@ class Decoder(nn.Module):
         logits = jnp.where(layout.overflow[:, None, None], jnp.nan, logits)
         return DecoderOutput(
             logits=logits,
-            state=state.replace(**memory._asdict(), **layout.counters),
+            state=dataclasses.replace(call.state, **memory._asdict(), **layout.counters),
             rsp=None if rsp is None else _store(rsp, kept, plan),
         )
 
@@ -148,7 +144,7 @@ class Decoder(nn.Module):
         """State of `batch` rows that have read nothing; see `fam_jax.state.init_state`."""
         return state_lib.init_state(self.config, batch, max_length)
 
-    def _params(self) -> dict:
+    def _params(self) -> dict[str, Any]:
         """Declares the parameters.
 
         As in PaLM, embeddings start with variance 1, so that the residual stream carries the token through the first
@@ -159,7 +155,7 @@ class Decoder(nn.Module):
         c = self.config
         dtype = jnp.dtype(c.param_dtype)
         rows = nn.initializers.normal(1.0)
-        params = {"embed": self.param("embed", rows, (c.vocab_size, c.d_model), dtype)}
+        params: dict[str, Any] = {"embed": self.param("embed", rows, (c.vocab_size, c.d_model), dtype)}
         if not c.tie_embeddings:
             initializer = nn.initializers.normal(c.d_model**-0.5)
             params["unembed"] = self.param("unembed", initializer, (c.d_model, c.vocab_size), dtype)
@@ -183,7 +179,7 @@ class _LayerStack(nn.Module):
         ones = nn.initializers.ones
         out_scale = (2 * c.num_layers) ** -0.5
 
-        def declare(name: str, initializer, *shape: int) -> Array:
+        def declare(name: str, initializer: Callable[..., Array], *shape: int) -> Array:
             return self.param(name, initializer, (c.num_layers, *shape), dtype)
 
         def matrix(name: str, inputs: int, *shape: int, scale: float = 1.0) -> Array:
@@ -217,6 +213,7 @@ def _layer_schedule(
     Returns:
         Output of the last layer [b, n, w, d], memory, and the FAM to store [l, f, d].
     """
+
     def body(x, xs):
         one, one_memory = xs
         x, one_memory, kept = layer(config, one.params, x, one_memory, one.inputs, plan)
@@ -257,7 +254,7 @@ def _block_schedule(
     return jnp.moveaxis(x[:, :, 0], 0, 1), memory, kept
 
 
-def _over_layers(config: DecoderConfig, body, carry, xs):
+def _over_layers(config: DecoderConfig, body: Callable[..., Any], carry: Any, xs: Any) -> Any:
     """`jax.lax.scan` of `body` over the leading axis of `xs`, or the same unrolled."""
     if config.scan_layers:
         return jax.lax.scan(body, carry, xs)
@@ -289,55 +286,3 @@ def _store(rsp: RSPState, kept: Array, plan: Plan) -> RSPState:
     found = jnp.any(plan.store)
     fam = jnp.where(found, jax.lax.stop_gradient(kept).astype(rsp.fam.dtype), rsp.fam)
     return RSPState(fam=fam, valid=rsp.valid | found)
-
-
-def _check_call(config, tokens, state, lengths, reset, padded, aligned):
-    """Checks the arguments of a call and fills in what was left out."""
-    if jnp.ndim(tokens) != 2 or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
-        raise ValueError(
-            f"tokens must be integer ids of shape [batch, time], not {jnp.result_type(tokens)}{list(jnp.shape(tokens))}"
-        )
-    tokens = jnp.asarray(tokens)
-    batch, time = tokens.shape
-    full = config.memory is None
-    if state is None:
-        aligned = True
-        state = state_lib.init_state(config, batch, max(time, 1) if full else None)
-        first_reset = True
-    else:
-        state_lib.check_state(config, state, batch)
-        first_reset = False
-    size = state.open_k.shape[2]
-    blocks = 1 if full else max(1, -(-time // size))
-
-    def flags(name, value):
-        value = jnp.zeros((batch, blocks), bool) if value is None else jnp.asarray(value)
-        if value.shape != (batch, blocks) or value.dtype != bool:
-            raise ValueError(
-                f"{name} is {value.dtype}{list(value.shape)}, but {batch} rows of {time} tokens need bool{[batch, blocks]}: one flag per block of "
-                f"{size}"
-            )
-        return value
-
-    reset, padded = flags("reset", reset), flags("padded", padded)
-    if first_reset:
-        reset = reset.at[:, 0].set(True)
-    if lengths is None:
-        lengths = jnp.full((batch,), time, jnp.int32)
-    lengths = jnp.asarray(lengths)
-    if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise ValueError(f"lengths is {lengths.dtype}{list(lengths.shape)}, but {batch} rows need int32{[batch]}")
-    if not isinstance(lengths, jax.core.Tracer) and bool(jnp.any((lengths < 0) | (lengths > time))):
-        raise ValueError(f"lengths={lengths} is not allowed; each must be between 0 and the {time} columns of tokens")
-    offsets_known = not isinstance(state.offset, jax.core.Tracer)
-    if aligned and offsets_known and bool(jnp.any((state.offset > 0) & ~reset[:, 0])):
-        raise ValueError(f"aligned=True, but rows stand inside a block: state.offset={state.offset}; leave aligned out")
-    if full:
-        read = jnp.where(reset[:, 0], 0, state.offset) + lengths
-        known = not any(isinstance(x, jax.core.Tracer) for x in (read, lengths))
-        if time > size or (known and bool(jnp.any(read > size))):
-            raise ValueError(
-                f"the cache of full attention holds {size} tokens, too few for {time} more after state.offset="
-                f"{state.offset}; begin with a state from init_state(batch, max_length=...) that is large enough"
-            )
-    return tokens, state, lengths.astype(jnp.int32), reset, padded, aligned

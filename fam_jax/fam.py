@@ -93,6 +93,7 @@ def update(
         FAM after the block [b, f, d], and the rotated keys and values of FAM before it [b, f, g, k].
     """
     memory = config.memory
+    assert memory is not None
     normed = rms_norm(fam, params.attn_norm, config.norm_eps)
     q, k, v = project(params, normed)
     q = rotate(q, query_positions(memory, position, fresh), config.rope_base)
@@ -136,6 +137,7 @@ def scan_blocks(
         [b, n, f, g, k]; FAM of row 0 after the block that Random State Passing keeps [f, d].
     """
     memory = config.memory
+    assert memory is not None
 
     def step(carry, block_n):
         fam, kept = carry
@@ -178,6 +180,7 @@ def climb(config: DecoderConfig, params: LayerParams, prompt: Array) -> Array:
     Were they to see the first block, its tokens would read a summary of their own future at the next layer.
     """
     memory = config.memory
+    assert memory is not None
     normed = rms_norm(prompt, params.attn_norm, config.norm_eps)
     q, k, v = project(params, normed)
     start = None if memory.positions == "local" else jnp.zeros(())

@@ -1,6 +1,7 @@
 """Generation: greedy or sampled, batched, with the streaming state passed in and out."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ class GenerateOutput:
     state: StreamState
 
 
-def check_ids(ids, vocab_size: int, name: str = "tokens") -> np.ndarray:
+def check_ids(ids: Any, vocab_size: int, name: str = "tokens") -> np.ndarray:
     """Token ids as int32 NumPy array, checked on the host; a device cannot raise on an id outside its table.
 
     Raises:
@@ -47,11 +48,11 @@ def check_ids(ids, vocab_size: int, name: str = "tokens") -> np.ndarray:
 
 def generate(
     model: Decoder,
-    variables,
-    prompt,
+    variables: Any,
+    prompt: Any,
     max_new_tokens: int,
     *,
-    lengths=None,
+    lengths: Any = None,
     state: StreamState | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -140,9 +141,7 @@ def _check_room(model: Decoder, state: StreamState | None, lengths: np.ndarray, 
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _generate(
-    model, max_new_tokens, greedy, top_k, top_p, variables, prompt, lengths, state, stop, temperature, keys
-):
+def _generate(model, max_new_tokens, greedy, top_k, top_p, variables, prompt, lengths, state, stop, temperature, keys):
     out = model.apply(variables, prompt, state, lengths=lengths)
     logits = jnp.take_along_axis(out.logits, (lengths - 1)[:, None, None], axis=1)[:, 0]
     batch = prompt.shape[0]

@@ -38,7 +38,7 @@ def layer(
     Returns:
         The layer's output [b, n, w, d]; what it remembers now; the FAM that Random State Passing keeps [f, d].
     """
-    batch, windows, width, _ = x.shape
+    _, windows, width, _ = x.shape
     size = memory.open_k.shape[1]
     normed = rms_norm(x, params.attn_norm, config.norm_eps)
     q, k, v = project(params, normed)
@@ -48,17 +48,18 @@ def layer(
     query_slots = jnp.arange(width) + (0 if plan.slot is None else plan.slot[:, :, None])
     start = 0 if plan.position is None else plan.position[:, :, None]
     q = rotate(q, start + query_slots, config.rope_base)
-    own = Source(rotate(k, start + slots, config.rope_base), v, slots <= query_slots[..., None])
+    seen = slots <= query_slots[..., None]
     if config.memory is not None and config.memory.window is not None:
-        own = own._replace(mask=own.mask & (query_slots[..., None] - slots < config.memory.window))
+        seen &= query_slots[..., None] - slots < config.memory.window
+    own = Source(rotate(k, start + slots, config.rope_base), v, seen)
 
     all_k = jnp.concatenate([memory.segment_k, k], axis=1)
     all_v = jnp.concatenate([memory.segment_v, v], axis=1)
     sources = [own]
     for back in range(1, config.segments + 1):
         first = config.segments - back
-        seen = slice(first, first + windows)
-        sources.append(_segment(config, all_k[:, seen], all_v[:, seen], back, slots, query_slots, start, plan))
+        blocks = slice(first, first + windows)
+        sources.append(_segment(config, all_k[:, blocks], all_v[:, blocks], back, query_slots, start, plan))
 
     kept = jnp.zeros(memory.fam.shape[1:], memory.fam.dtype)
     fam = memory.fam
@@ -93,16 +94,18 @@ def _fill(new: Array, opened: Array, plan: Plan) -> Array:
 
 
 def _segment(
-    config: DecoderConfig, k: Array, v: Array, back: int, slots: Array, query_slots: Array, start, plan: Plan
+    config: DecoderConfig, k: Array, v: Array, back: int, query_slots: Array, start: Array | int, plan: Plan
 ) -> Source:
-    """Keys of the block `back` blocks before each block, k and v [b, n, c, g, k]."""
-    if config.memory.stop_gradient:
+    """Keys and values [b, n, c, g, k] of the block `back` blocks before each block, as seen from there."""
+    memory = config.memory
+    assert memory is not None
+    if memory.stop_gradient:
         k, v = jax.lax.stop_gradient((k, v))
-    behind = slots - back * k.shape[2]
+    slots = jnp.arange(k.shape[2]) - back * k.shape[2]
     mask = (back <= plan.segments)[:, :, None, None]
-    if config.memory.window is not None:
-        mask = mask & (query_slots[..., None] - behind < config.memory.window)
-    return Source(rotate(k, start + behind, config.rope_base), v, mask)
+    if memory.window is not None:
+        mask = mask & (query_slots[..., None] - slots < memory.window)
+    return Source(rotate(k, start + slots, config.rope_base), v, mask)
 
 
 def _advance(blocks: Array, done: Array, segments: int) -> tuple[Array, Array]:

@@ -10,15 +10,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 
-def accumulation_dtype(dtype) -> jnp.dtype:
+def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
     """Type in which norms, softmax and rotations of `dtype` values are computed: at least float32."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, of any shape [..., d]."""
+    """Root mean square norm: x / sqrt(mean(x^2) + eps) * scale over the last axis, of any shape [..., d]."""
     wide = x.astype(accumulation_dtype(x.dtype))
     wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return (wide * scale).astype(x.dtype)
@@ -80,15 +81,15 @@ def attend(q: Array, sources: list[Source]) -> Array:
             score = jnp.where(source.mask[..., None, None, :, :], score, jnp.finfo(dtype).min)
         scores.append(score)
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
-    mixed = 0
+    parts = []
     start = 0
     for source in sources:
         stop = start + source.k.shape[-3]
-        mixed += jnp.einsum(
-            "...grcs,...sgk->...cgrk", weights[..., start:stop], source.v, preferred_element_type=dtype
+        parts.append(
+            jnp.einsum("...grcs,...sgk->...cgrk", weights[..., start:stop], source.v, preferred_element_type=dtype)
         )
         start = stop
-    return mixed.reshape(*lead, queries, heads, width).astype(q.dtype)
+    return sum(parts[1:], parts[0]).reshape(*lead, queries, heads, width).astype(q.dtype)
 
 
 def feed_forward(w_gate: Array, w_up: Array, w_down: Array, x: Array) -> Array:

@@ -15,8 +15,8 @@ import numpy as np
 from flax import struct
 from jax import Array
 
+from fam_jax.call import Call
 from fam_jax.config import DecoderConfig
-from fam_jax.state import StreamState
 
 
 @struct.dataclass
@@ -79,46 +79,31 @@ def num_windows(time: int, block_size: int, aligned: bool) -> int:
     return max(1, -(-(time + slack) // block_size))
 
 
-def make_plan(
-    config: DecoderConfig,
-    state: StreamState,
-    time: int,
-    lengths: Array,
-    reset: Array,
-    padded: Array,
-    *,
-    aligned: bool,
-    key: Array | None,
-    rsp_valid: Array | None,
-) -> tuple[Plan, Layout]:
+def make_plan(config: DecoderConfig, call: Call, *, key: Array | None, rsp_valid: Array | None) -> tuple[Plan, Layout]:
     """Works out a call.
 
     Args:
         config: The decoder's.
-        state: State before the call; only its counters are read.
-        time: Columns of the call's tokens, at least 1.
-        lengths: Real tokens of each row: int32 [b].
-        reset: The row starts a document at this block: bool [b, ceil(time / block)].
-        padded: The block ends in padding: bool [b, ceil(time / block)].
-        aligned: No row has tokens in its open block.
+        call: The arguments; of the state only the counters are read.
         key: Draws the RSP coin and the position offset; None for neither.
         rsp_valid: bool []; there is a stored FAM. None if the caller passes none.
 
     Returns:
         The plan of the blocks and the layout of the tokens.
     """
-    memory = config.memory
+    memory, state = config.memory, call.state
     size = state.open_k.shape[2]
-    windows = 1 if memory is None else num_windows(time, size, aligned)
+    time = max(call.tokens.shape[1], 1)  # a call without tokens is laid out as one of padding
+    windows = 1 if memory is None else num_windows(time, size, call.aligned)
     whole_blocks = time >= size
     width = size if whole_blocks else time
     number = jnp.arange(windows + 1)  # one more than there are: the block that is open after the call
 
-    missing = windows + 1 - reset.shape[1]
-    reset = jnp.pad(reset, ((0, 0), (0, missing)))
-    padded = jnp.pad(padded, ((0, 0), (0, missing - 1)))
+    missing = windows - call.reset.shape[1]
+    reset = jnp.pad(call.reset, ((0, 0), (0, missing + 1)))
+    padded = jnp.pad(call.padded, ((0, 0), (0, missing)))
     begin = jnp.where(reset[:, 0], 0, state.offset)
-    total = begin + lengths
+    total = begin + call.lengths
     reset &= total[:, None] >= number * size  # a row that does not get as far as a block does not reset there
 
     first = jnp.where(number == 0, begin[:, None], 0)
@@ -164,7 +149,7 @@ def make_plan(
         position=(shift + blocks.astype(jnp.float32) * size)[:, :-1] if absolute else None,
         store=(storable == jnp.max(storable)) & (storable >= 0),
     )
-    source, target = _token_layout(plan, begin, time, size, width, aligned)
+    source, target = _token_layout(plan, begin, time, size, width, call.aligned)
     return plan, Layout(source=source, target=target, counters=counters, overflow=(total > size) & (memory is None))
 
 
@@ -175,14 +160,16 @@ def _random_offsets(key: Array, shape: tuple[int, ...], rope_base: float) -> Arr
     return jax.random.uniform(size_key, shape, maxval=longest) * jax.random.bernoulli(coin_key, 0.5, shape)
 
 
-def _token_layout(plan: Plan, begin: Array, time: int, size: int, width: int, aligned: bool):
+def _token_layout(
+    plan: Plan, begin: Array, time: int, size: int, width: int, aligned: bool
+) -> tuple[Array, Array | None]:
     """`source` and `target` of the layout."""
     windows = plan.index.shape[0]
     slot = jnp.zeros_like(plan.first) if plan.slot is None else plan.slot
     offset = plan.index * size + slot - begin[:, None]
     source = offset[:, :, None] + jnp.arange(width)
     source = jnp.clip(source, 0, time - 1)
-    if aligned or windows == 1 and width < size:
+    if aligned or (windows == 1 and width < size):
         return source, None  # token i is in column i
     place = begin[:, None] + jnp.arange(time)
     window = place // size

@@ -1,11 +1,13 @@
 """The streaming state: all that a decoder remembers of what it has read, as a value."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
+from jax.typing import ArrayLike
 
 from fam_jax.config import DecoderConfig
 
@@ -56,7 +58,7 @@ class StreamState:
         """The part that belongs to layers, each field stacked over layers."""
         return LayerMemory(self.segment_k, self.segment_v, self.open_k, self.open_v, self.fam)
 
-    def rows(self, indices) -> "StreamState":
+    def rows(self, indices: ArrayLike | slice) -> "StreamState":
         """The state of the given rows, in this order; repeat an index to ask one document many questions.
 
         Args:
@@ -64,7 +66,8 @@ class StreamState:
         """
         index = indices if isinstance(indices, slice) else jnp.asarray(indices)
         layers = LayerMemory(*(leaf[:, index] for leaf in self.layers))
-        return self.replace(
+        return dataclasses.replace(
+            self,
             **layers._asdict(),
             fresh=self.fresh[index],
             offset=self.offset[index],

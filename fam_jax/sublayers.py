@@ -1,8 +1,11 @@
 """The weights of a layer, and what surrounds attention; tokens and FAM rows share all of it."""
 
+import dataclasses
+
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
+from jax.typing import DTypeLike
 
 from fam_jax.config import DecoderConfig
 from fam_jax.ops import feed_forward, rms_norm
@@ -57,12 +60,12 @@ def finish(config: DecoderConfig, params: LayerParams, residual: Array, normed: 
         The layer's output [..., d].
     """
     x = residual + jnp.einsum("...hk,hkd->...d", mixed, params.wo)
-    if not config.parallel_block:
+    if params.ff_norm is not None:
         normed = rms_norm(x, params.ff_norm, config.norm_eps)
     return x + feed_forward(params.w_gate, params.w_up, params.w_down, normed)
 
 
-def cast(params: LayerParams, dtype) -> LayerParams:
+def cast(params: LayerParams, dtype: DTypeLike) -> LayerParams:
     """Matrices in the type of the activations; norm scales as they are, since norms compute in float32 anyway."""
     matrices = {"wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"}
-    return params.replace(**{name: getattr(params, name).astype(dtype) for name in matrices})
+    return dataclasses.replace(params, **{name: getattr(params, name).astype(dtype) for name in matrices})

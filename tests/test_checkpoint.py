@@ -173,9 +173,7 @@ def test_settings_of_another_version(saved):
     content = json.loads(path.read_text())["content"]
     content["config"]["model"]["tricks"] = 3
     checkpoint._write_meta(path, content)
-    with pytest.raises(
-        CheckpointError, match=r"another version of the code.*config.model.tricks is not known"
-    ):
+    with pytest.raises(CheckpointError, match=r"another version of the code.*config.model.tricks is not known"):
         folder.restore(*trees(), config)
 
 
@@ -213,9 +211,7 @@ def test_interrupted_save(saved, monkeypatch, moment):
     again = Checkpoints(folder.directory, keep=2)
     assert_same_bits(again.restore(*trees(), config).params, trees(3 if complete else 2)[0])
     again.save(4, *trees(4), config, {})
-    assert sorted(path.name for path in folder.directory.iterdir()) == (
-        ["3", "4"] if complete else ["2", "4"]
-    )
+    assert sorted(path.name for path in folder.directory.iterdir()) == (["3", "4"] if complete else ["2", "4"])
 
 
 _SAVE = """
@@ -301,9 +297,7 @@ def test_load_model(tmp_path, capsys, compile_cache):
         load_model(directory, 5)
     with pytest.raises(CheckpointError, match=r"no checkpoint in .*python -m experiments.train"):
         load_model(tmp_path / "nowhere")
-    next(path for path in files(folder.directory / "2" / "params") if path.stat().st_size > 1000).write_bytes(
-        b""
-    )
+    next(path for path in files(folder.directory / "2" / "params") if path.stat().st_size > 1000).write_bytes(b"")
     assert_same_bits(load_model(directory)[1], {"params": state.params})
     assert "is damaged" in capsys.readouterr().err
     assert folder.steps() == [1, 2]  # reading moves nothing

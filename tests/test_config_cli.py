@@ -40,9 +40,7 @@ def test_named_configs(name, tmp_path):
         shapes |= {flag: (length // data.block_size, np.bool_) for flag in ("reset", "padded")}
     batch = {key: jax.ShapeDtypeStruct((data.batch_size, n), dtype) for key, (n, dtype) in shapes.items()}
     after, metrics = jax.eval_shape(make_train_step(config, model, optimizer, schedule), state, batch)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), state
-    )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert metrics["loss"].shape == ()
 
 
@@ -229,9 +227,7 @@ def test_help(capsys):
 
 def test_command_line_in_a_process(tmp_path):
     command = [sys.executable, "-m", "experiments.train", "--config", "lm", "--stepps", "3"]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=dict(os.environ)
-    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=dict(os.environ))
     assert done.returncode == 2
     assert "--stepps" in done.stderr
     assert "Traceback" not in done.stderr

@@ -65,9 +65,7 @@ def reach_of_bswa(segments, layers=LAYERS):
 def assert_reads(matrix, expected):
     """Exactly zero where nothing may be read, non-zero everywhere else."""
     wrong = np.argwhere((matrix != 0) != expected)
-    assert wrong.size == 0, (
-        f"(token, input) pairs that should {'not ' * (matrix[tuple(wrong[0])] != 0)}read: {wrong}"
-    )
+    assert wrong.size == 0, f"(token, input) pairs that should {'not ' * (matrix[tuple(wrong[0])] != 0)}read: {wrong}"
 
 
 CAUSAL = np.tri(T, dtype=bool)
@@ -173,9 +171,7 @@ def fam_jacobians(config, length, wanted):
     weights = np.random.default_rng(5).standard_normal(config.d_model)
 
     def outputs(value):
-        out = model.apply(
-            {"params": params}, TEXT[:, 2 * B : 2 * B + length], state=before.replace(**{wanted: value})
-        )
+        out = model.apply({"params": params}, TEXT[:, 2 * B : 2 * B + length], state=before.replace(**{wanted: value}))
         return out.state.fam[:, 0] @ weights, out.logits[0] @ np.ones(config.vocab_size)
 
     return quick_jit(jax.jacrev(outputs))(getattr(before, wanted))
@@ -190,9 +186,7 @@ def test_fam_queries_ignore_the_segments(schedule, x64):
         assert np.any(by_logits != 0)  # tokens do read them
         for layer in range(LAYERS):
             for source in range(LAYERS):
-                assert np.any(by_fam[layer, :, source] != 0) == (source < layer), (
-                    f"{name} {source} -> fam {layer}"
-                )
+                assert np.any(by_fam[layer, :, source] != 0) == (source < layer), f"{name} {source} -> fam {layer}"
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -214,10 +208,7 @@ def test_fam_queries_read_the_whole_block(x64):
     weights = np.random.default_rng(6).standard_normal(config.d_model)
 
     def outputs(embed):
-        return (
-            model.apply({"params": {**params, "embed": embed}}, TEXT[:, : 2 * B + 1]).state.fam[:, 0]
-            @ weights
-        )
+        return model.apply({"params": {**params, "embed": embed}}, TEXT[:, : 2 * B + 1]).state.fam[:, 0] @ weights
 
     by_embed = np.asarray(quick_jit(jax.jacrev(outputs))(jnp.asarray(params["embed"])))
     reads = np.any(by_embed != 0, axis=-1)

@@ -51,9 +51,7 @@ def test_rows_have_their_own_lengths(x64):
 def test_overflow_is_an_error_and_never_silent(x64):
     params, model = params_of(CONFIG), Decoder(CONFIG)
     run = runner(CONFIG)
-    state = run(
-        params, TOKENS[:, :6], state=model.init_state(3, max_length=8), lengths=np.array([6, 5, 6])
-    ).state
+    state = run(params, TOKENS[:, :6], state=model.init_state(3, max_length=8), lengths=np.array([6, 5, 6])).state
     with pytest.raises(ValueError, match="max_length"):
         model.apply({"params": params}, TOKENS[:, 6:9], state=state)
     # Compiled code cannot raise: the rows that overflow say so by NaN, the others are right.
@@ -63,9 +61,7 @@ def test_overflow_is_an_error_and_never_silent(x64):
     text = np.concatenate([TOKENS[1, :5], TOKENS[1, 5:8]])
     assert_close(out.logits[1], dense_decoder(params, CONFIG, text)[5:])
     # Exactly full is no overflow.
-    assert np.all(
-        np.isfinite(run(params, TOKENS[:, :3], state=state, lengths=np.array([2, 3, 2])).logits[0, :2])
-    )
+    assert np.all(np.isfinite(run(params, TOKENS[:, :3], state=state, lengths=np.array([2, 3, 2])).logits[0, :2]))
 
 
 def test_an_overflowed_row_stays_marked(x64):

@@ -36,9 +36,7 @@ def x64():
 
 DENSE = {
     "full": decoder_config(),
-    "full, multi-head, parallel, untied": decoder_config(
-        num_kv_heads=4, parallel_block=True, tie_embeddings=False
-    ),
+    "full, multi-head, parallel, untied": decoder_config(num_kv_heads=4, parallel_block=True, tie_embeddings=False),
     "full, multi-query, base 100": decoder_config(num_kv_heads=1, rope_base=100.0, norm_eps=1e-3),
     "bswa 0": decoder_config({"segments": 0}),
     "bswa 1": decoder_config({"segments": 1}),
@@ -56,9 +54,7 @@ FAM = {
     "default": fam_config(),
     "no segments": fam_config({"segments": 0}),
     "two segments, multi-query, parallel": fam_config({"segments": 2}, num_kv_heads=1, parallel_block=True),
-    "multi-head, untied, absolute": fam_config(
-        {"positions": "absolute"}, num_kv_heads=4, tie_embeddings=False
-    ),
+    "multi-head, untied, absolute": fam_config({"positions": "absolute"}, num_kv_heads=4, tie_embeddings=False),
     "old query slot": fam_config({"fam_query": "old"}),
     "old query slot, absolute, pinned": fam_config(
         {"fam_query": "old", "positions": "absolute", "prompt_positions": "pinned"}
@@ -100,9 +96,7 @@ def test_fam_equals_the_loop_over_algorithm_2(name, x64):
     for schedule in SCHEDULES:
         out = runner(dataclasses.replace(config, schedule=schedule))(params, TOKENS)
         assert_close(out.logits, np.stack([read.logits for read in want]), 1e-10, f"{schedule}, logits")
-        assert_close(
-            out.state.fam, np.stack([read.fam[-1] for read in want], axis=1), 1e-10, f"{schedule}, fam"
-        )
+        assert_close(out.state.fam, np.stack([read.fam[-1] for read in want], axis=1), 1e-10, f"{schedule}, fam")
 
 
 def test_the_two_references_agree_where_both_apply():
@@ -192,9 +186,7 @@ def test_lower_precisions_stay_within_their_tolerance(config, tolerance):
 @pytest.mark.parametrize("parallel", [False, True], ids=["serial", "parallel"])
 def test_first_update_of_one_layer_by_hand(parallel, x64):
     """One layer, one block, one FAM row, everything written out: `F_1 = FF(norm(A)) + A`, no residual."""
-    config = fam_config(
-        {"fam_length": 1, "segments": 0}, num_layers=1, parallel_block=parallel, num_kv_heads=4
-    )
+    config = fam_config({"fam_length": 1, "segments": 0}, num_layers=1, parallel_block=parallel, num_kv_heads=4)
     params = params_of(config)
     w = {name: leaf[0] for name, leaf in params["layers"].items()}
     tokens = TOKENS[:1, :B]

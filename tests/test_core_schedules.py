@@ -44,9 +44,7 @@ def values_and_gradients(config, dtype=np.float64):
     fam_weights = rng.standard_normal(np.shape(state.fam)).astype(dtype)
 
     def loss(p, floats):
-        out = Decoder(config).apply(
-            {"params": p}, TOKENS[:, B + 2 : B + 2 + T], state=state.replace(**floats)
-        )
+        out = Decoder(config).apply({"params": p}, TOKENS[:, B + 2 : B + 2 + T], state=state.replace(**floats))
         return jnp.sum(out.logits * weights) + jnp.sum(out.state.fam * fam_weights), (
             out.logits,
             out.state.fam,
@@ -59,9 +57,7 @@ def values_and_gradients(config, dtype=np.float64):
 
 CASES = {
     "fam": fam_config(),
-    "fam, no segments, parallel, untied": fam_config(
-        {"segments": 0}, parallel_block=True, tie_embeddings=False
-    ),
+    "fam, no segments, parallel, untied": fam_config({"segments": 0}, parallel_block=True, tie_embeddings=False),
     "fam, two segments, stopped": fam_config({"segments": 2, "stop_gradient": True}),
     "fam, absolute, fractional, pinned, old": fam_config(
         {
@@ -111,9 +107,7 @@ def test_full_attention_unrolled_and_remat_change_nothing(x64):
     grads = []
     for change in ({}, {"scan_layers": False}, {"remat": True}):
         model = Decoder(dataclasses.replace(config, **change))
-        loss = quick_jit(
-            jax.value_and_grad(lambda p, m=model: jnp.sum(m.apply({"params": p}, TOKENS).logits ** 2))
-        )
+        loss = quick_jit(jax.value_and_grad(lambda p, m=model: jnp.sum(m.apply({"params": p}, TOKENS).logits ** 2)))
         grads.append(loss(params))
     assert_trees_close(grads[1], grads[0], 1e-10)
     assert_trees_close(grads[2], grads[0], 1e-10)
@@ -158,17 +152,13 @@ def count(config, embeddings=True):
     config = dataclasses.replace(config, dtype="float32", param_dtype="float32")
     leaves = jax.tree_util.tree_leaves_with_path(model_shapes(config)["params"])
     return sum(
-        int(np.prod(leaf.shape))
-        for path, leaf in leaves
-        if embeddings or "embed" not in jax.tree_util.keystr(path)
+        int(np.prod(leaf.shape)) for path, leaf in leaves if embeddings or "embed" not in jax.tree_util.keystr(path)
     )
 
 
 def test_fam_adds_the_prompt_and_nothing_else():
     for parallel in (False, True):
-        plain, fam = (
-            make(parallel_block=parallel) for make in (lambda **k: decoder_config({}, **k), fam_config)
-        )
+        plain, fam = (make(parallel_block=parallel) for make in (lambda **k: decoder_config({}, **k), fam_config))
         assert count(fam) - count(plain) == N * fam.d_model
 
 
@@ -208,9 +198,7 @@ def test_parameter_tree(tied, parallel):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
     np.testing.assert_array_equal(variables["params"]["layers"]["attn_norm"], 1.0)
     logits = runner(config)(variables["params"], TOKENS).logits
-    assert 0.01 < float(jnp.std(logits)) < 10.0, (
-        "an untrained model should neither be silent nor sure of itself"
-    )
+    assert 0.01 < float(jnp.std(logits)) < 10.0, "an untrained model should neither be silent nor sure of itself"
 
 
 @pytest.mark.parametrize(

@@ -72,12 +72,8 @@ STREAMED = {
     "fam, absolute, fractional, pinned": fam_config(
         {"positions": "absolute", "fam_positions": "fractional", "prompt_positions": "pinned"}
     ),
-    "fam, absolute, zero, two segments": fam_config(
-        {"positions": "absolute", "fam_positions": "zero", "segments": 2}
-    ),
-    "bswa 2, window, parallel": decoder_config(
-        {"segments": 2, "window": 6}, parallel_block=True, schedule="block"
-    ),
+    "fam, absolute, zero, two segments": fam_config({"positions": "absolute", "fam_positions": "zero", "segments": 2}),
+    "bswa 2, window, parallel": decoder_config({"segments": 2, "window": 6}, parallel_block=True, schedule="block"),
 }
 
 
@@ -272,8 +268,7 @@ def test_aligned_is_only_a_promise(schedule, x64):
         reset = np.zeros((2, -(-tokens.shape[1] // B)), bool)
         reset[0, 1] = True
         plain, aligned = (
-            run(params, tokens, state=start, lengths=lengths, reset=reset, aligned=flag)
-            for flag in (False, True)
+            run(params, tokens, state=start, lengths=lengths, reset=reset, aligned=flag) for flag in (False, True)
         )
         for r in range(2):
             count = tokens.shape[1] if lengths is None else lengths[r]
@@ -292,9 +287,7 @@ def test_the_same_contents_after_any_history_give_the_same_bits():
         outs = []
         for history in (10, 10_000 + 2, 1_000_000 + 2):
             assert history % B == 10 % B
-            outs.append(
-                run(params, LONG[:, 10:17], state=state.replace(blocks=jnp.full(2, history // B, jnp.int32)))
-            )
+            outs.append(run(params, LONG[:, 10:17], state=state.replace(blocks=jnp.full(2, history // B, jnp.int32))))
         for out in outs[1:]:
             np.testing.assert_array_equal(out.logits, outs[0].logits)
             np.testing.assert_array_equal(out.state.fam, outs[0].state.fam)
@@ -375,9 +368,7 @@ def test_gradients_flow_through_a_passed_state(schedule, split, x64):
         state = jax.lax.stop_gradient(state) if stop else state
         return jnp.sum(model.apply({"params": p}, text[:, split:], state=state).logits[0] * weights)
 
-    whole, parts, stopped = quick_jit(lambda p: (jax.grad(one)(p), jax.grad(two)(p), jax.grad(two)(p, True)))(
-        params
-    )
+    whole, parts, stopped = quick_jit(lambda p: (jax.grad(one)(p), jax.grad(two)(p), jax.grad(two)(p, True)))(params)
     assert_trees_close(parts, whole, 1e-10)
     assert np.all(np.any(whole["embed"][:split] != 0, axis=1))
     assert np.all(stopped["embed"][:split] == 0)

@@ -98,9 +98,7 @@ def test_rsp_draws_only_where_a_document_starts(schedule, x64):
     assert_close(out.logits[0], going_on.logits[B + 2 :])
     assert_close(out.logits[1], at_once.logits)
     edge = B - 2  # row 2 fills its open block first
-    assert_close(
-        out.logits[2, :edge], fam_decoder(params, config, np.r_[past[2], text[2, :edge]]).logits[B + 2 :]
-    )
+    assert_close(out.logits[2, :edge], fam_decoder(params, config, np.r_[past[2], text[2, :edge]]).logits[B + 2 :])
     assert_close(out.logits[2, edge:], fam_decoder(params, config, text[2, edge:], initial=rsp.fam).logits)
 
 
@@ -113,13 +111,9 @@ def test_no_gradient_enters_the_stored_state_and_none_reaches_an_unused_prompt(x
         return jnp.sum(out.logits**2) + jnp.sum(out.rsp.fam**2)
 
     def logits_only(p, fam, valid):
-        return jnp.sum(
-            model.apply({"params": p}, TEXT, key=KEY, rsp=RSPState(fam=fam, valid=valid)).logits ** 2
-        )
+        return jnp.sum(model.apply({"params": p}, TEXT, key=KEY, rsp=RSPState(fam=fam, valid=valid)).logits ** 2)
 
-    gradients = quick_jit(
-        lambda *args: (jax.grad(loss, (0, 1))(*args), jax.grad(logits_only)(args[0], *args[1:]))
-    )
+    gradients = quick_jit(lambda *args: (jax.grad(loss, (0, 1))(*args), jax.grad(logits_only)(args[0], *args[1:])))
     fam = jnp.asarray(stored(config).fam)
     (by_params, by_fam), without = gradients(params, fam, jnp.array(True))
     assert np.all(by_fam == 0)
@@ -191,9 +185,7 @@ def test_rpo_does_nothing_where_everything_moves_with_the_offset(x64):
     assert_close(runner(config)(params, rows, key=KEY).logits, want, 1e-8)
 
 
-@pytest.mark.parametrize(
-    "memory", [{"fam_positions": "zero"}, {"prompt_positions": "pinned"}], ids=["zero", "pinned"]
-)
+@pytest.mark.parametrize("memory", [{"fam_positions": "zero"}, {"prompt_positions": "pinned"}], ids=["zero", "pinned"])
 def test_rpo_matters_where_fam_does_not_move(memory, x64):
     """About half of the rows are offset, each by an amount of its own; both schedules draw the same."""
     configs = both({"positions": "absolute", "rpo": True, **memory})

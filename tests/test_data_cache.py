@@ -120,9 +120,7 @@ def test_a_full_disk_is_one_clear_message_and_leaves_nothing(source, tmp_path, s
 
 def test_two_processes_at_once_prepare_the_same(source, tmp_path):
     data = tmp_path / "data"
-    processes = [
-        subprocess.Popen(python(PREPARING, source, data), stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
+    processes = [subprocess.Popen(python(PREPARING, source, data), stdout=subprocess.PIPE, text=True) for _ in range(2)]
     out = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert out[0] == out[1] != ""
@@ -189,9 +187,7 @@ def test_errors_of_the_disk_are_explained_and_others_are_not(tmp_path):
 
         return build
 
-    with pytest.raises(
-        DataError, match=r"No space left on device. Free space or choose another place with data_dir"
-    ):
+    with pytest.raises(DataError, match=r"No space left on device. Free space or choose another place with data_dir"):
         build_once(tmp_path / "thing", raising(errno.ENOSPC))
     with pytest.raises(ConnectionResetError):
         build_once(tmp_path / "thing", raising(errno.ECONNRESET))
@@ -212,9 +208,7 @@ def test_damaged_prepared_files(tmp_path, name, damage):
     path.unlink()
     if damage == "cut":
         path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(
-        DataError, match=rf"is missing or damaged \(.*\): delete the directory {path.parent} and run"
-    ):
+    with pytest.raises(DataError, match=rf"is missing or damaged \(.*\): delete the directory {path.parent} and run"):
         data_helpers.store(tmp_path, ["abc", "defg"])
     for file in path.parent.iterdir():
         file.unlink()

@@ -100,9 +100,7 @@ def test_the_repeated_segment_is_exact_and_inside_the_budget(tmp_path):
             found = [i for i in range(head - count + 1) if row[i : i + count] == segment]
             assert found
             starts.update(found)
-            np.testing.assert_array_equal(
-                weights, np.float32([1.0] * (head - 1) + [0.0] * len(prompt) + [0.1] * count)
-            )
+            np.testing.assert_array_equal(weights, np.float32([1.0] * (head - 1) + [0.0] * len(prompt) + [0.1] * count))
     assert {0, head - count} <= starts  # both ends are possible
     assert len(starts) == head - count + 1
 

@@ -172,9 +172,7 @@ def test_an_interrupted_download_is_continued_by_the_next_run(bucket, tmp_path, 
     bucket.cut[name] = 100
     monkeypatch.setattr(pg19, "ATTEMPTS", 1)
     config = config_of(bucket, tmp_path)
-    with pytest.raises(
-        DataError, match=r"train/1\.txt: download failed .*run the same command again: it goes on"
-    ):
+    with pytest.raises(DataError, match=r"train/1\.txt: download failed .*run the same command again: it goes on"):
         load(config)
     assert f"{name}.part" in files(tmp_path)
     assert name not in files(tmp_path)
@@ -197,9 +195,7 @@ def test_a_corrupt_file_is_fetched_again(bucket, tmp_path):
 
 def test_a_file_that_stays_corrupt_is_never_used(bucket, tmp_path):
     bucket.spoil["train/22.txt"] = 100
-    with pytest.raises(
-        DataError, match=r"train/22\.txt: download failed \(the checksum of what arrived is wrong\)"
-    ):
+    with pytest.raises(DataError, match=r"train/22\.txt: download failed \(the checksum of what arrived is wrong\)"):
         load(config_of(bucket, tmp_path))
     assert not [name for name in files(tmp_path) if name.startswith("train/22.txt")]
     assert len(asked_for(bucket, "train/22.txt")) == pg19.ATTEMPTS
@@ -294,10 +290,7 @@ def test_a_bucket_without_books(bucket, tmp_path):
 
 def test_a_listing_cannot_name_files_elsewhere(bucket, tmp_path):
     md5 = base64.b64encode(hashlib.md5(b"x").digest()).decode()
-    items = [
-        {"name": name, "size": "1", "md5Hash": md5}
-        for name in ("train/../../x.txt", "/etc/x.txt", "train/7.csv")
-    ]
+    items = [{"name": name, "size": "1", "md5Hash": md5} for name in ("train/../../x.txt", "/etc/x.txt", "train/7.csv")]
     bucket.listing = json.dumps({"items": items}).encode()
     assert pg19.listing(bucket.url, "train") == []
 

@@ -92,9 +92,7 @@ def test_python_source_manifest(site, tmp_path):
 def test_python_source_is_prepared_again_for_another_version(site, tmp_path):
     before = sources.python_source(PACKAGES).key
     assert sources.python_source(PACKAGES).key == before
-    (site / "two_pkg-3.dist-info" / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: two-pkg\nVersion: 4\n"
-    )
+    (site / "two_pkg-3.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: two-pkg\nVersion: 4\n")
     assert sources.python_source(PACKAGES).key != before
 
 
@@ -274,9 +272,7 @@ print(*(m in sys.modules for m in ("tensorflow", "tensorflow_datasets", "grain",
 """
 
     def run(*modes):
-        done = subprocess.run(
-            [sys.executable, "-c", code, *modes], capture_output=True, text=True, check=True
-        )
+        done = subprocess.run([sys.executable, "-c", code, *modes], capture_output=True, text=True, check=True)
         return done.stdout.splitlines()
 
     *shapes, modules = run("stream", "packed")

@@ -90,9 +90,7 @@ def _order(data, count):
 
 
 def test_a_step_is_only_a_cut_through_the_same_stream(tmp_path):
-    short, long = (
-        data_helpers.stream(tmp_path, TEXTS, **{**SETTINGS, "length": length}) for length in (4, 20)
-    )
+    short, long = (data_helpers.stream(tmp_path, TEXTS, **{**SETTINGS, "length": length}) for length in (4, 20))
     pieces = [next(short) for _ in range(50)]
     joined = {k: np.concatenate([p[k] for p in pieces], axis=1) for k in pieces[0]}
     whole = [next(long) for _ in range(10)]

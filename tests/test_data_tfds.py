@@ -153,9 +153,7 @@ def test_data_in_the_format_of_tensorflow(settings, tmp_path):
         path.rename(home / path.name.replace("array_record", "tfrecord"))
     info = home / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(
-        DataError, match=r"cannot be read at random .* Prepare the dataset again as array_record"
-    ):
+    with pytest.raises(DataError, match=r"cannot be read at random .* Prepare the dataset again as array_record"):
         load(TextData(source="tfds:tiny_text/one", **settings))
 
 

@@ -8,9 +8,7 @@ import pytest
 
 from experiments.data import DataError, check_ids, load_tokenizer
 
-TEXT = (
-    "def tokenise(text):\n    return [piece for piece in text.split() if piece]\n\n# Größe, naïve 漢字 🙂\n"
-)
+TEXT = "def tokenise(text):\n    return [piece for piece in text.split() if piece]\n\n# Größe, naïve 漢字 🙂\n"
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ def texts(*lengths, vocab=256):
 
 
 def plain_logits(model, variables, tokens):
-    """Logits of a single call on rows [b, t], padded on the right to one length, which nothing before it sees."""
+    """Logits of a single call on rows [b, t], padded on the right, which nothing before it sees."""
     padded = np.pad(tokens, ((0, 0), (0, 96 - tokens.shape[1]))).astype(np.int32)
     return np.asarray(apply(model, variables, padded).logits)[:, : tokens.shape[1]]
 

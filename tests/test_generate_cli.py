@@ -61,7 +61,7 @@ def test_a_streamed_prompt_is_continued_like_one_call(memory):
     text = "".join(chr(97 + i * i % 26) for i in range(61))
     ids = BYTES.encode(text)
     whole = generate(model, variables, np.pad(ids, (0, 3))[None], 6, lengths=np.array([61]))
-    for pieces in ([text], [text[:1], text[1:40], text[40:]], list(text[:32]) + [text[32:]]):
+    for pieces in ([text], [text[:1], text[1:40], text[40:]], [*text[:32], text[32:]]):
         answer = command.continue_text(model, variables, BYTES, pieces, 6, chunk=16)
         assert answer.prompt_tokens == 61
         np.testing.assert_array_equal(answer.ids, np.asarray(whole.ids)[0])
@@ -121,9 +121,7 @@ def test_command_answers_on_standard_output_only(run, tmp_path, monkeypatch, cap
     model, variables = tiny_run.init(tiny_run.model_config())
     expected = command.continue_text(model, variables, BYTES, [path.read_text()], 6, chunk=16)
     assert out == expected.text + "\n"
-    short = main(
-        monkeypatch, capsys, "--checkpoint", run, "--prompt", "x", "--max-new-tokens", 6, "--chunk", 16
-    )
+    short = main(monkeypatch, capsys, "--checkpoint", run, "--prompt", "x", "--max-new-tokens", 6, "--chunk", 16)
     assert short[0] == 0
     assert "read 1 tokens" in short[2]
 
@@ -190,9 +188,7 @@ def test_bad_options_are_one_clear_line(run, tmp_path, monkeypatch, capsys):
 def test_bad_checkpoints_are_one_clear_line(tmp_path):
     """As typed: the exit code and no traceback, from a process of its own."""
     run = tiny_run.save(tiny_run.text_config(), tmp_path / "run")
-    largest = max(
-        (run / "checkpoints" / "1" / "params").rglob("*"), key=lambda p: p.stat().st_size * p.is_file()
-    )
+    largest = max((run / "checkpoints" / "1" / "params").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 1
     largest.write_bytes(data)

@@ -74,9 +74,7 @@ def test_every_parameter_is_decayed_or_not():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_weight_decay_shrinks_matrices_only(optimizer):
-    config = OptimConfig(
-        optimizer=optimizer, learning_rate=0.1, schedule="constant", weight_decay=0.5, clip_norm=None
-    )
+    config = OptimConfig(optimizer=optimizer, learning_rate=0.1, schedule="constant", weight_decay=0.5, clip_norm=None)
     tx, _ = make_optimizer(config, 10)
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), parameters(tie_embeddings=False))
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
@@ -98,9 +96,7 @@ def steps_of(tx, params, count, scale=1.0):
 
 def test_adafactor_is_that_of_optax_until_its_limit():
     params = {"wq": jnp.full((2, 128, 160), 0.5), "final_norm": jnp.ones(7)}
-    config = OptimConfig(
-        optimizer="adafactor", learning_rate=1e-2, schedule="constant", clip_norm=None, b2=0.99
-    )
+    config = OptimConfig(optimizer="adafactor", learning_rate=1e-2, schedule="constant", clip_norm=None, b2=0.99)
     theirs = optax.adafactor(1e-2, momentum=0.9)
     ours = make_optimizer(config, 10)[0]
     for name, value in steps_of(ours, params, 5).items():

@@ -91,8 +91,7 @@ def test_model_packages_import_no_training_libraries():
 
 def test_files_are_short():
     lengths = {
-        path.relative_to(ROOT): len(path.read_text(encoding="utf-8").splitlines())
-        for path in sources(*TOPS, "tests")
+        path.relative_to(ROOT): len(path.read_text(encoding="utf-8").splitlines()) for path in sources(*TOPS, "tests")
     }
     assert len(lengths) > 10
     long = {str(path): lines for path, lines in lengths.items() if lines > 400}

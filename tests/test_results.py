@@ -79,9 +79,7 @@ def test_commit_and_dirty_flag(tmp_path, monkeypatch):
 
 def test_command_line_is_the_one_that_was_typed():
     code = "from experiments import results; print(results.command_line())"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "a b"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code, "a b"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "python -c 'a b'"
     module = subprocess.run(
         [sys.executable, "-m", "experiments.report", "--help"], cwd=ROOT, capture_output=True, text=True
@@ -168,9 +166,7 @@ def test_seeds_are_averaged_with_an_interval_of_the_mean():
     ]
     (line,) = report.lines(passkey(curves=curves))
     np.testing.assert_allclose(line.mean, [0.8, 1.0])
-    np.testing.assert_allclose(
-        line.half, [4.302653 * 0.1 / 3**0.5, 0.0], rtol=1e-6
-    )  # t(0.975, 2) s / sqrt(n)
+    np.testing.assert_allclose(line.half, [4.302653 * 0.1 / 3**0.5, 0.0], rtol=1e-6)  # t(0.975, 2) s / sqrt(n)
     assert "FAM (3 seeds)" in report.table(passkey(curves=curves))
     assert "0.800 ± 0.248" in report.table(passkey(curves=curves))
 
@@ -214,9 +210,7 @@ def test_command_makes_tables_and_plots_from_files(tmp_path, monkeypatch, capsys
     assert (tmp_path / "in" / "two.png").read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
 
-    monkeypatch.setattr(
-        sys, "argv", ["report", str(tmp_path / "in"), "--together", "--plots", str(tmp_path / "plots")]
-    )
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "in"), "--together", "--plots", str(tmp_path / "plots")])
     assert report.main() == 0
     text = capsys.readouterr().out
     assert text.count("## ") == 1

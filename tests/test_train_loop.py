@@ -28,9 +28,7 @@ pytest_plugins = ("train_helpers",)
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, compile_cache):
     """A complete run of seven steps and its result."""
-    config = tiny(
-        tmp_path_factory.mktemp("finished"), steps=7, log_every=2, eval_every=3, checkpoint_every=3, keep=2
-    )
+    config = tiny(tmp_path_factory.mktemp("finished"), steps=7, log_every=2, eval_every=3, checkpoint_every=3, keep=2)
     return config, train(config, progress=False)
 
 
@@ -104,9 +102,7 @@ def test_changes_are_announced(tmp_path, compile_cache, capsys):
     train(config, progress=False)
     train(dataclasses.replace(config, steps=6))
     shown = capsys.readouterr()
-    assert (
-        "changed since the last start: steps was 5 and is 6\n  so the learning rate now decays" in shown.out
-    )
+    assert "changed since the last start: steps was 5 and is 6\n  so the learning rate now decays" in shown.out
     assert "continuing after step 5 of 6" in shown.out
     assert "loss" in shown.err  # the progress bar
     assert "6/6" in shown.err
@@ -140,9 +136,7 @@ def test_loss_that_is_not_finite(tmp_path, compile_cache):
     assert [row["step"] for row in metric_rows(config)] == list(range(1, 10))
 
 
-@pytest.mark.parametrize(
-    ("error", "status"), [(NonFiniteError, 1), (CheckpointError, 1), (BusyError, 1), (OSError, 1)]
-)
+@pytest.mark.parametrize(("error", "status"), [(NonFiniteError, 1), (CheckpointError, 1), (BusyError, 1), (OSError, 1)])
 def test_failures_are_one_line(monkeypatch, capsys, error, status):
     def fail(*args, **kwargs):
         raise error("what went wrong")
@@ -181,9 +175,7 @@ def test_interrupt_saves_and_says_how_to_continue(tmp_path, compile_cache):
     (saved,) = [int(path.name) for path in (config.directory / "checkpoints").iterdir()]
     assert read_metrics(log)[-1]["step"] == saved
 
-    done = subprocess.run(
-        [*command, "--steps", str(saved + 2)], stderr=subprocess.PIPE, check=False, **options
-    )
+    done = subprocess.run([*command, "--steps", str(saved + 2)], stderr=subprocess.PIPE, check=False, **options)
     assert done.returncode == 0, done.stderr
     assert f"continuing after step {saved:,} of {saved + 2:,}" in done.stdout
     assert "done; next: python -m experiments.evaluate --checkpoint" in done.stdout

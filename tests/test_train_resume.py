@@ -86,9 +86,7 @@ class Killed(BaseException):
 
 def test_curriculum(tmp_path, compile_cache, monkeypatch):
     monkeypatch.setattr(experiments.train, "load_data", lambda data, split: Curriculum())
-    straight, killed = (
-        tiny(tmp_path, name, "packed", steps=12, checkpoint_every=5) for name in ("straight", "killed")
-    )
+    straight, killed = (tiny(tmp_path, name, "packed", steps=12, checkpoint_every=5) for name in ("straight", "killed"))
 
     def kill(step, metrics, state):
         if step == 9:

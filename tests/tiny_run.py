@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.checkpoint import Checkpoints
 from experiments.config import TrainConfig
@@ -31,10 +32,14 @@ def model_config(memory: MemoryConfig | None = FAM, vocab_size: int = 256) -> De
 
 @cache
 def init(config: DecoderConfig) -> tuple[Decoder, dict]:
-    """A model whose FAM matters: the initial scale of tiny models hides it."""
+    """A model with large random weights, so that its FAM matters, made without compiling anything."""
     model = Decoder(config)
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
-    return model, jax.tree.map(lambda leaf: 2 * leaf if leaf.ndim > 2 else leaf, variables)
+    rng = np.random.default_rng(0)
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.asarray(rng.normal(size=leaf.shape) * 0.4, leaf.dtype)
+
+    return model, jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))
 
 
 def text_config(memory: MemoryConfig | None = FAM, **data) -> TrainConfig:

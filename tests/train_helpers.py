@@ -117,9 +117,7 @@ train(config, progress=False, callback=kill if int(sys.argv[2]) else None)
 def train_process(config: TrainConfig, cache: Path, kill_at: int = 0) -> subprocess.CompletedProcess:
     """Trains in a process of its own, which is killed after a step if asked for."""
     command = [sys.executable, "-c", _PROCESS, json.dumps(to_json(config)), str(kill_at)]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=300)
 
 
 def restore(config: TrainConfig) -> Restored | None:

@@ -25,7 +25,6 @@ def get(name: str) -> TrainConfig:
     known = summaries()
     if name not in known:
         raise ValueError(
-            f"config {name!r} is not known; there are {', '.join(known)} (a new one is a module in "
-            "experiments/configs)"
+            f"config {name!r} is not known; there are {', '.join(known)} (a new one is a module in experiments/configs)"
         )
     return importlib.import_module(f"experiments.configs.{name}").config()

@@ -104,8 +104,7 @@ def damaged(path: Path, error: Exception | str) -> DataError:
     """The error for a prepared file that is not as it was written; `error` says what was noticed."""
     reason = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
     return DataError(
-        f"{path} is missing or damaged ({reason}): delete the directory {path.parent} and run the same "
-        "command again"
+        f"{path} is missing or damaged ({reason}): delete the directory {path.parent} and run the same command again"
     )
 
 

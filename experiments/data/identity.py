@@ -56,9 +56,7 @@ class Identity:
         """
         saved = state.get("data") if isinstance(state, dict) else None
         if not isinstance(saved, dict):
-            raise DataError(
-                "this is no position in text data; restore a checkpoint that was saved with the same data"
-            )
+            raise DataError("this is no position in text data; restore a checkpoint that was saved with the same data")
         for name, value in self.fields().items():
             if saved.get(name) != value:
                 what = "the text or the tokenizer" if name == "content" else name

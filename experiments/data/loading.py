@@ -107,7 +107,5 @@ def _source(config: TextData) -> OpensCorpus:
     if kind == "tfds":
         return TfdsSource(argument, config.tfds_dir, config.tfds_feature)
     if kind == "pg19":
-        return pg19.pg19(
-            config.pg19_url, config.directory / "downloads" / "pg19", int(argument) if argument else None
-        )
+        return pg19.pg19(config.pg19_url, config.directory / "downloads" / "pg19", int(argument) if argument else None)
     return sources.python_source()

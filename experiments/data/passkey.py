@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from experiments.data.protocol import Batch, DataError
 
@@ -47,12 +48,14 @@ class PasskeyTokenizer:
         words = _words(text)
         unknown = sorted({word for word in words if word not in self._ids})
         if unknown:
-            raise DataError(f"the PassKey vocabulary has no {', '.join(map(repr, unknown))}; it knows its templates only")
+            raise DataError(
+                f"the PassKey vocabulary has no {', '.join(map(repr, unknown))}; it knows its templates only"
+            )
         return np.array([self._ids[word] for word in words], np.int32)
 
-    def decode(self, ids) -> str:
+    def decode(self, ids: ArrayLike) -> str:
         """Text of ids, words separated by blanks."""
-        return " ".join(self._tokens[int(number)] for number in ids)
+        return " ".join(self._tokens[int(number)] for number in np.asarray(ids))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +148,13 @@ class Passkey:
             key = "".join(map(str, rng.integers(0, 10, digits)))
             depth = int(rng.integers(0, room + 1)) if self.config.depth == "uniform" else 0
             filler = self._filler(rng, room, key)
-            parts = (encode(TASK), filler[:depth], encode(KEY.format(key=key)), filler[depth:], encode(f"{QUESTION} {key}"))
+            parts = (
+                encode(TASK),
+                filler[:depth],
+                encode(KEY.format(key=key)),
+                filler[depth:],
+                encode(f"{QUESTION} {key}"),
+            )
             ids[row] = np.concatenate(parts)
         weights = np.zeros((rows, length), np.float32)
         weights[:, -digits:] = 1

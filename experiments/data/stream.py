@@ -32,9 +32,7 @@ class StreamBatches:
         self._identity = identity
         self._epoch = 0
         self._dealt = 0  # documents of this epoch
-        self._rows: list[tuple[int, int]] = [
-            (-1, 0)
-        ] * config.batch_size  # (document or -1, tokens read of it)
+        self._rows: list[tuple[int, int]] = [(-1, 0)] * config.batch_size  # (document or -1, tokens read of it)
         self._order, self._order_of = np.zeros(0, np.int64), -1  # the shuffled documents, and of which epoch
 
     def __iter__(self) -> Iterator[Batch]:
@@ -87,9 +85,7 @@ class StreamBatches:
             count, lengths = len(self._store), self._store.lengths
             inside = all(d == -1 or (0 <= d < count and 0 <= s < lengths[d]) for d, s in rows)
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"the data position is damaged ({error!r}); restore another checkpoint"
-            ) from error
+            raise DataError(f"the data position is damaged ({error!r}); restore another checkpoint") from error
         if len(rows) != self._shape[0] or not inside or epoch < 0 or not 0 <= dealt <= count:
             raise DataError("the data position is damaged (out of range); restore another checkpoint")
         self._epoch, self._dealt, self._rows = epoch, dealt, rows

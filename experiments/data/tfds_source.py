@@ -42,9 +42,7 @@ class TfdsSource:
     def key(self) -> str:
         """Changes when the dataset, its version or its files do."""
         home = Path(self._builder.data_dir)
-        files = sorted(
-            (p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in home.iterdir() if p.is_file()
-        )
+        files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in home.iterdir() if p.is_file())
         return digest(CORPUS_FORMAT, self._builder.info.full_name, self.feature, files)
 
     def open(self, directory: Path) -> Corpus:
@@ -110,9 +108,7 @@ class TfdsSource:
         """Our split names to what tensorflow-datasets understands."""
         names = list(self._builder.info.splits)
         if "train" not in names:
-            raise DataError(
-                f"source={self.name!r}: it has no train split, only {', '.join(names)}; choose another"
-            )
+            raise DataError(f"source={self.name!r}: it has no train split, only {', '.join(names)}; choose another")
         held_out = next((n for n in ("validation", "valid", "dev", "test") if n in names), None)
         if held_out is not None:
             return {"train": "train", "validation": held_out} | ({"test": "test"} if "test" in names else {})

@@ -100,9 +100,7 @@ class SentencePieceTokenizer:
         self.separator: int | None = next((i for i in ends if i >= 0), None)
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        return check_ids(
-            np.asarray(self._model.EncodeAsIds(_text(text)), np.int64), self.vocab_size, self.name
-        )
+        return check_ids(np.asarray(self._model.EncodeAsIds(_text(text)), np.int64), self.vocab_size, self.name)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return str(self._model.DecodeIds(check_ids(ids, self.vocab_size).tolist()))
@@ -118,8 +116,7 @@ class HuggingFaceTokenizer:
             self._model: Any = module.Tokenizer.from_str(data.decode("utf-8"))
         except Exception as error:
             raise DataError(
-                f"{path}: not a Hugging Face tokenizer.json ({error}); give the file that "
-                "`Tokenizer.save` wrote"
+                f"{path}: not a Hugging Face tokenizer.json ({error}); give the file that `Tokenizer.save` wrote"
             ) from None
         self._model.no_truncation()
         self._model.no_padding()

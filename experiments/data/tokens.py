@@ -95,9 +95,7 @@ def tokenize(source: OpensCorpus, tokenizer: Tokenizer, directory: Path) -> Toke
     def build(partial: Path) -> None:
         corpus = source.open(directory)
         manifest = dict(corpus.manifest)
-        splits = {
-            s: {**manifest["splits"][s], **_write(corpus, s, tokenizer, partial)} for s in corpus.counts
-        }
+        splits = {s: {**manifest["splits"][s], **_write(corpus, s, tokenizer, partial)} for s in corpus.counts}
         names = ("name", "hash", "vocab_size", "separator")
         manifest |= {"splits": splits, "tokenizer": {name: getattr(tokenizer, name) for name in names}}
         write_json(partial / "manifest.json", manifest)

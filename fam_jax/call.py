@@ -1,0 +1,97 @@
+"""The arguments of a call of the decoder: checked, and filled in where they were left out."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fam_jax.config import DecoderConfig
+from fam_jax.state import StreamState, check_state, init_state
+
+
+class Call(NamedTuple):
+    """What `Decoder.__call__` was given, complete.
+
+    Attributes:
+        tokens: int [b, t].
+        state: Where rows stand.
+        lengths: Real tokens of each row: int32 [b].
+        reset: The row starts a document at this block: bool [b, ceil(t / block)].
+        padded: The block ends in padding: bool [b, ceil(t / block)].
+        aligned: No row has tokens in its open block.
+    """
+
+    tokens: Array
+    state: StreamState
+    lengths: Array
+    reset: Array
+    padded: Array
+    aligned: bool
+
+
+def check_call(
+    config: DecoderConfig,
+    tokens: Any,
+    state: StreamState | None,
+    lengths: Any,
+    reset: Any,
+    padded: Any,
+    aligned: bool,
+) -> Call:
+    """Checks the arguments of `Decoder.__call__`; what only a device knows is checked where it is known.
+
+    Raises:
+        ValueError: An argument has a wrong type, shape or value. The message names it and what is needed.
+    """
+    if jnp.ndim(tokens) != 2 or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
+        raise ValueError(f"tokens must be integer ids of shape [batch, time], not {_describe(tokens)}")
+    tokens = jnp.asarray(tokens)
+    batch, time = tokens.shape
+    full = config.memory is None
+    starts = state is None
+    if state is None:
+        state = init_state(config, batch, max(time, 1) if full else None)
+    else:
+        check_state(config, state, batch)
+    size = state.open_k.shape[2]
+    shape = (batch, 1 if full else max(1, -(-time // size)))
+    reset = _flags("reset", reset, shape, size)
+    if starts:
+        reset = reset.at[:, 0].set(True)
+    padded = _flags("padded", padded, shape, size)
+
+    lengths = jnp.full((batch,), time, jnp.int32) if lengths is None else jnp.asarray(lengths)
+    if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(f"lengths is {_describe(lengths)}, but {batch} rows need int32{[batch]}")
+    if _known(lengths) and bool(jnp.any((lengths < 0) | (lengths > time))):
+        raise ValueError(f"lengths={lengths} is not allowed; each must be between 0 and the {time} columns of tokens")
+    begin = jnp.where(reset[:, 0], 0, state.offset)
+    if aligned and _known(begin) and bool(jnp.any(begin > 0)):
+        raise ValueError(f"aligned=True, but rows stand inside a block: state.offset={state.offset}; leave aligned out")
+    if full and (time > size or (_known(begin, lengths) and bool(jnp.any(begin + lengths > size)))):
+        raise ValueError(
+            f"the cache of full attention holds {size} tokens, too few for {time} more after "
+            f"state.offset={state.offset}; begin with a state from init_state(batch, max_length=...) that is large enough"
+        )
+    return Call(tokens, state, lengths.astype(jnp.int32), reset, padded, aligned or starts)
+
+
+def _flags(name: str, value: Any, shape: tuple[int, int], size: int) -> Array:
+    """A flag per row and block; all False if left out."""
+    flags = jnp.zeros(shape, bool) if value is None else jnp.asarray(value)
+    if flags.shape != shape or flags.dtype != bool:
+        raise ValueError(
+            f"{name} is {_describe(flags)}, but this call needs bool{list(shape)}: a flag for every row and block "
+            f"of {size} tokens"
+        )
+    return flags
+
+
+def _known(*arrays: Array) -> bool:
+    """Whether the values are known now, outside of `jax.jit` and other transformations."""
+    return not any(isinstance(array, jax.core.Tracer) for array in arrays)
+
+
+def _describe(array: Any) -> str:
+    return f"{jnp.result_type(array)}{list(jnp.shape(array))}"

@@ -1,0 +1,29 @@
+"""The README's example runs as shown, and the commands that it names exist."""
+
+import re
+from pathlib import Path
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_example_runs_as_shown(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out == "(2, 8)\n"
+
+
+def test_modules_files_and_pictures_that_it_names_exist():
+    for module in set(re.findall(r"python -m (experiments\.\w+)", README)):
+        assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / picture).is_file(), picture
+    for config in set(re.findall(r"--config (\w+)", README)):
+        assert (ROOT / "experiments" / "configs" / f"{config}.py").is_file(), config
+    table = [line for line in README.splitlines() if line.startswith("| `")]
+    for line in table:
+        folder = None
+        for name in re.findall(r"`([^`]+)`", line.split("|")[1]):
+            path = ROOT / name if "/" in name else ROOT / str(folder) / name
+            assert path.exists(), name
+            folder = path.parent.relative_to(ROOT) if path.is_file() else folder
