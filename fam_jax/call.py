@@ -72,7 +72,7 @@ def check_call(
     if full and (time > size or (_known(begin, lengths) and bool(jnp.any(begin + lengths > size)))):
         raise ValueError(
             f"the cache of full attention holds {size} tokens, too few for {time} more after "
-            f"state.offset={state.offset}; begin with a state from init_state(batch, max_length=...) that is large enough"
+            f"state.offset={state.offset}; begin with a larger state from init_state(batch, max_length=...)"
         )
     return Call(tokens, state, lengths.astype(jnp.int32), reset, padded, aligned or starts)
 

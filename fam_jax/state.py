@@ -114,8 +114,8 @@ def init_state(config: DecoderConfig, batch: int, max_length: int | None = None)
     if config.memory is None:
         if max_length is None or max_length < 1:
             raise ValueError(
-                f"max_length={max_length!r} is not allowed; with full attention (memory=None) give the number of tokens "
-                "that the cache must hold"
+                f"max_length={max_length!r} is not allowed; with full attention (memory=None) give the number of "
+                "tokens that the cache must hold"
             )
         capacity = max_length
     else:
