@@ -118,8 +118,10 @@ class Checkpoints:
             _write_meta(partial / "meta.json", content)
             os.rename(partial, final)
             _sync(self.directory)
-        except (OSError, ValueError) as error:  # tensorstore reports a full disk as a ValueError
+        except (OSError, ValueError) as error:
             shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, ValueError) and "os_error_code" not in str(error):
+                raise  # tensorstore reports what the system says, a full disk too, as a ValueError
             kept = ", ".join(map(str, self.steps())) or "none"
             raise CheckpointError(
                 f"checkpoint {step} could not be written to {self.directory}: {_first_line(error)}. Earlier "

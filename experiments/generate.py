@@ -75,7 +75,8 @@ def text_pieces(path: str | Path, size: int = PIECE) -> Iterator[str]:
                 read += len(data)
                 cut = text.rfind("\n") + 1 or len(text)
                 rest = text[cut:]
-                yield text[:cut]
+                if cut:
+                    yield text[:cut]
             rest += decoder.decode(b"", final=True)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
@@ -182,16 +183,6 @@ class Options:
     seed: int = 0
     chunk: int = 512
 
-    def __post_init__(self) -> None:
-        if (self.prompt is None) == (self.prompt_file is None):
-            raise ValueError("give either --prompt TEXT or --prompt-file FILE")
-        # Known wrong before a long prompt is read; fam_jax.generate checks what needs the model.
-        check_positive(max_new_tokens=self.max_new_tokens, top_k=self.top_k, chunk=self.chunk)
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature} is not allowed; it must be at least 0")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} is not allowed; it must be above 0 and at most 1")
-
 
 def run(options: Options) -> Answer:
     """Reads the prompt, with a progress bar on a terminal, and continues it.
@@ -200,6 +191,7 @@ def run(options: Options) -> Answer:
         ValueError: an option, the prompt or its file cannot be used.
         CheckpointError: see `load_model`.
     """
+    _check(options)
     if options.prompt_file is not None:
         characters = sum(map(len, text_pieces(options.prompt_file)))  # a wrong file is told before the model loads
         texts = text_pieces(options.prompt_file)
@@ -233,8 +225,8 @@ def tokenizer_of(config: TrainConfig) -> Codec:
 def main() -> int:
     """The command line; returns the exit code."""
     start = time.perf_counter()
+    options = tyro.cli(Options, prog="python -m experiments.generate", description=Options.__doc__)
     try:
-        options = tyro.cli(Options, prog="python -m experiments.generate", description=Options.__doc__)
         answer = run(options)
     except (ValueError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -248,6 +240,20 @@ def main() -> int:
         file=sys.stderr,
     )
     return 0
+
+
+def _check(options: Options) -> None:
+    """Raises a ValueError for what is known to be wrong before a long prompt is read.
+
+    `fam_jax.generate` checks what needs the model.
+    """
+    if (options.prompt is None) == (options.prompt_file is None):
+        raise ValueError("give either --prompt TEXT or --prompt-file FILE")
+    check_positive(max_new_tokens=options.max_new_tokens, top_k=options.top_k, chunk=options.chunk)
+    if not 0 <= options.temperature < float("inf"):
+        raise ValueError(f"temperature={options.temperature} is not allowed; it must be at least 0")
+    if options.top_p is not None and not 0 < options.top_p <= 1:
+        raise ValueError(f"top_p={options.top_p} is not allowed; it must be above 0 and at most 1")
 
 
 def _counted(texts: Iterable[str], bar: tqdm) -> Iterator[str]:

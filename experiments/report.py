@@ -1,4 +1,4 @@
-"""Tables and plots made from result files: `python -m experiments.report [FILES or FOLDERS]`.
+"""Tables and plots made from result files and training runs: `python -m experiments.report [FILES or FOLDERS]`.
 
 Every kind of result is a set of curves: `values["curves"]` is a list of objects with a `label`, a `seed`, and
 lists of equal length, two of which `KINDS` names as x and y. Curves of one label are runs of one thing with
@@ -212,12 +212,13 @@ def together(many: Sequence[Result]) -> list[Result]:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Shows result files as Markdown tables and draws their plots.
+    """Shows result files and training runs as Markdown tables and draws their plots.
 
     Attributes:
-        paths: Result files, or folders of them.
+        paths: Result files, folders of training runs, or folders of both.
         together: One table and plot per kind instead of one per file.
-        plots: Folder for the plots. None: next to each result file, or with `together` next to the first.
+        plots: Folder for the plots. None: next to each result file, in a run's folder, or with `together` next to
+            the first.
         output: File for the Markdown. None: the terminal.
     """
 
@@ -231,16 +232,16 @@ def run(options: Options) -> str:
     """Draws the plots and returns the Markdown.
 
     Raises:
-        ResultError: see `results.find`, `results.read` and `lines`.
+        ResultError: see `results.find`, `results.read`, `results.read_run` and `lines`.
     """
     files = results.find(options.paths)
-    loaded = [results.read(file) for file in files]
-    places = [file.with_suffix(".png") for file in files]
+    loaded = [results.read_run(file) if file.is_dir() else results.read(file) for file in files]
+    places = [file / "training.png" if file.is_dir() else file.with_suffix(".png") for file in files]
     if options.together:
         loaded = together(loaded)
-        places = [files[0].with_name(f"{result.name}.png") for result in loaded]
+        places = [places[0].with_name(f"{result.name}.png") for result in loaded]
     if options.plots is not None:
-        places = [options.plots / place.name for place in places]
+        places = [options.plots / f"{result.name}.png" for result in loaded]
     base = options.output.parent if options.output else Path.cwd()
     parts = []
     for result, place in zip(loaded, places, strict=True):

@@ -23,6 +23,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.metrics import read_metrics
+
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parent.parent
 DIRECTORY = Path(__file__).resolve().parent / "results"
@@ -210,23 +212,68 @@ def read(path: str | Path) -> Result:
 
 
 def find(paths: Sequence[str | Path]) -> list[Path]:
-    """The JSON files among `paths` and, in name order, those below folders among them.
+    """The result files and the folders of training runs among `paths` and, in name order, below folders.
 
     Raises:
-        ResultError: a path does not exist, or a folder holds no JSON file.
+        ResultError: a path does not exist, or a folder holds neither.
     """
     found: list[Path] = []
     for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(path.rglob("*.json"))
-            if not inside:
-                raise ResultError(f"{path}: no result file in this folder; experiments.evaluate makes some")
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
+        inside = _below(path) if path.is_dir() else [path]
+        if not path.exists():
             raise ResultError(f"{path}: there is no such file or folder; check the path")
+        if not inside:
+            raise ResultError(f"{path}: no result file in this folder; experiments.evaluate makes some")
+        found += inside
     return found
+
+
+def read_run(directory: str | Path) -> Result:
+    """A training run as a result of kind "training": its loss by step, on both splits.
+
+    Args:
+        directory: Folder of the run, with the `run.json` and `metrics.jsonl` that `experiments.train` writes.
+            The wall time is that of the last process, up to its last line of metrics.
+
+    Raises:
+        ResultError: one of them is missing or not what `experiments.train` writes.
+    """
+    run, log = Path(directory) / "run.json", Path(directory) / "metrics.jsonl"
+    try:
+        content = json.loads(run.read_text(encoding="utf-8"))
+        rows = read_metrics(log)
+        curves = []
+        for split in dict.fromkeys(row["split"] for row in rows):
+            mine = [row for row in rows if row["split"] == split]
+            curves.append(
+                {
+                    "label": split,
+                    "seed": content["config"]["seed"],
+                    "step": [row["step"] for row in mine],
+                    "loss": [row["loss"] for row in mine],
+                }
+            )
+        ended = log.stat().st_mtime
+        return Result(
+            kind="training",
+            name=f"{content['config']['name']}-training",
+            config=content["config"],
+            seeds=[content["config"]["seed"]],
+            values={"curves": curves},
+            wall_seconds=max(0.0, ended - run.stat().st_mtime),
+            data=content["data"],
+            command=content["command"],
+            commit=content["commit"],
+            hardware=content["hardware"],
+            versions=content["versions"],
+            time=datetime.datetime.fromtimestamp(ended, datetime.UTC).isoformat(timespec="seconds"),
+        )
+    except OSError as error:
+        raise ResultError(f"{error.filename}: cannot be read ({error.strerror}); give the folder of a run") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ResultError(
+            f"{directory}: run.json or metrics.jsonl is not what experiments.train writes ({error!r})"
+        ) from None
 
 
 def to_json(value: Any, where: str = "value") -> Any:
@@ -293,6 +340,15 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    return found
+
+
+def _below(folder: Path) -> list[Path]:
+    if (folder / "run.json").is_file():
+        return [folder]  # a run: the JSON files of its checkpoints are no results
+    found = sorted(folder.glob("*.json"))
+    for inside in sorted(path for path in folder.iterdir() if path.is_dir()):
+        found += _below(inside)
     return found
 
 

@@ -125,10 +125,10 @@ def make_train_step(
     def train_step(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, dict[str, Array]]:
         grads, (metrics, out) = jax.grad(loss_fn, has_aux=True)(state.params, state, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics |= {f"grad_norm/{name}": optax.global_norm(group) for name, group in grads.items()}
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics |= {f"grad_norm/{name}": optax.tree.norm(group) for name, group in grads.items()}
+        metrics["grad_norm"] = optax.tree.norm(grads)
         params = optax.apply_updates(state.params, updates)
-        metrics["param_norm"] = optax.global_norm(params)
+        metrics["param_norm"] = optax.tree.norm(params)
         metrics["learning_rate"] = schedule(state.step)
         new_state = TrainState(
             step=state.step + 1,

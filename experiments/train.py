@@ -212,8 +212,12 @@ class _Run:
         self.metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.throughput.step(tokens)
         rate = self.throughput.rate
-        speed = f", {rate:,.0f} tokens/s" if rate else ""
-        self.bar.set_postfix_str(f"loss {self.metrics['loss']:.4f}{speed}", refresh=False)
+        shown = f"loss {self.metrics['loss']:.4f}"
+        if hasattr(self.batches, "observe"):
+            shown += f", exact match {self.metrics['exact_match']:.2f}"
+        if rate:
+            shown += f", {rate:,.0f} tokens/s"
+        self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update(step - self.bar.n)
         checked = ("loss", "z_loss", "grad_norm", "param_norm")
         if bad := [name for name in checked if not math.isfinite(self.metrics.get(name, 0.0))]:

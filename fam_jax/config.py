@@ -59,6 +59,9 @@ class MemoryConfig:
         stop_gradient: Cut the gradient into cached segments (the paper's M1_SG).
         window: A token sees only keys less than this many positions back, which makes BSWA the sliding
             window of Transformer-XL. At most `segments * block_size + 1`. FAM rows are always seen.
+        clip: Largest root mean square of a FAM row; after every update, larger ones are scaled down to it. Our
+            addition: the residual otherwise lets the FAM grow with every block, until nothing new can be written
+            into it. None does not clip.
         noise: Training only: after every update, Gaussian noise of this size relative to the FAM.
         rsp: Training only: Random State Passing, the probability that a document starts from the stored FAM
             instead of the prompt (appendix B.2.3; the paper uses 0.8).
@@ -76,6 +79,7 @@ class MemoryConfig:
     first_residual: str = "zero"
     stop_gradient: bool = False
     window: int | None = None
+    clip: float | None = None
     noise: float = 0.0
     rsp: float = 0.0
     rpo: bool = False
@@ -91,6 +95,8 @@ class MemoryConfig:
         check_choice(name, "prompt_positions", self.prompt_positions, ("before", "pinned"))
         check_choice(name, "first_residual", self.first_residual, ("zero", "fam"))
         check_bool(name, "stop_gradient", self.stop_gradient)
+        if self.clip is not None:
+            check_real(name, "clip", self.clip, 1e-6)
         check_real(name, "noise", self.noise, 0.0)
         check_real(name, "rsp", self.rsp, 0.0, 1.0)
         check_bool(name, "rpo", self.rpo)

@@ -6,7 +6,9 @@ segments, and pass through the layer's ordinary weights:
     A = attention(q(F[n-1]), [k(F[n-1]); k(block)], [v(F[n-1]); v(block)]) + F[n-1]
     F[n] = feed_forward(norm(A)) + A
 
-The first update of a document has no residual F[0], because the learned prompt holds no context yet.
+The first update of a document has no residual F[0], because the learned prompt holds no context yet. Two
+additions of ours, off by default, let a memory last: a limit to the size of F[n] (`clip`), and noise on it in
+training (`noise`).
 """
 
 from typing import NamedTuple
@@ -101,14 +103,26 @@ def update(
     residual = fam
     if memory.first_residual == "zero":
         residual = jnp.where(fresh[:, None, None], 0, fam)
-    return finish(config, params, residual, normed, attend(q, [own, block])), own
+    new = finish(config, params, residual, normed, attend(q, [own, block]))
+    return new if memory.clip is None else clip_rows(new, memory.clip), own
+
+
+def clip_rows(fam: Array, limit: float) -> Array:
+    """Scales the rows of `fam` [b, f, d] whose root mean square is above `limit` down to it."""
+    return (fam * jnp.minimum(1.0, limit / _rms(fam))).astype(fam.dtype)
+
+
+def _rms(fam: Array) -> Array:
+    """Root mean square of each row [b, f, 1]; the smallest normal number at least, so that it can divide."""
+    wide = fam.astype(accumulation_dtype(fam.dtype))
+    square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    return jnp.sqrt(jnp.maximum(square, jnp.finfo(wide.dtype).tiny))
 
 
 def add_noise(fam: Array, size: float, key: Array) -> Array:
     """FAM noise: adds Gaussian noise of `size` times the root mean square of each row of `fam` [b, f, d]."""
-    wide = fam.astype(accumulation_dtype(fam.dtype))
-    scale = size * jnp.sqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True))
-    return (wide + scale * jax.random.normal(key, fam.shape, wide.dtype)).astype(fam.dtype)
+    scale = size * _rms(fam)
+    return (fam + scale * jax.random.normal(key, fam.shape, scale.dtype)).astype(fam.dtype)
 
 
 def scan_blocks(

@@ -6,7 +6,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# Tests compile hundreds of programs and run most of them once: half the time goes without LLVM's optimisations.
+# Tests compile hundreds of programs and run most of them once: LLVM's optimisations take more than they give.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax

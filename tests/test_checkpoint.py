@@ -15,7 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from train_helpers import ROOT, assert_same_bits, environment, tiny, with_model
+from train_helpers import (
+    ROOT,
+    assert_same_bits,
+    compile_cache,  # noqa: F401
+    environment,
+    tiny,
+    with_model,
+)
 
 from experiments import checkpoint
 from experiments.checkpoint import CheckpointError, Checkpoints, load_model
@@ -24,7 +31,7 @@ from experiments.optim import make_optimizer
 from experiments.step import create_state
 from fam_jax import Decoder, MemoryConfig
 
-pytest_plugins = ("train_helpers",)
+pytestmark = pytest.mark.usefixtures("compile_cache")
 
 
 def trees(seed=0):
@@ -224,7 +231,7 @@ import json, jax
 config = from_json(json.loads(sys.argv[1]), TrainConfig)
 folder = Checkpoints(config.directory / "checkpoints", keep=2)
 params = {"embed": jax.random.normal(jax.random.key(0), (64, 32))}
-folder.save(1, params, {}, config, {})
+folder.save(1, params, {"step": jax.numpy.int32(1)}, config, {})
 
 def kill():
     while not any((folder.directory / "saving-2").rglob("*")):
@@ -232,24 +239,22 @@ def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
 threading.Thread(target=kill, daemon=True).start()
-folder.save(2, {"embed": jax.random.normal(jax.random.key(0), (20_000_000,))}, {}, config, {})
+folder.save(2, {"embed": jax.random.normal(jax.random.key(0), (20_000_000,))}, {"step": jax.numpy.int32(2)}, config, {})
 print("saved")
 """
 
 
-def test_killed_while_saving(tmp_path, compile_cache):
+def test_killed_while_saving(tmp_path):
     config = tiny(tmp_path)
     command = [sys.executable, "-c", _SAVE, json.dumps(to_json(config))]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(compile_cache), capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (-signal.SIGKILL, ""), done.stderr
     directory = config.directory / "checkpoints"
     assert (directory / "saving-2").is_dir()
     folder = Checkpoints(directory, keep=2)
     assert [path.name for path in directory.iterdir()] == ["1"]
     params = {"embed": jax.random.normal(jax.random.key(0), (64, 32))}
-    assert_same_bits(folder.restore(params, {}, config).params, params)
+    assert_same_bits(folder.restore(params, {"step": jnp.int32(0)}, config).params, params)
 
 
 def test_full_disk(saved, monkeypatch):
@@ -271,7 +276,7 @@ def test_full_disk(saved, monkeypatch):
         folder.save(3, big, {}, config, {})
 
 
-def test_load_model(tmp_path, capsys, compile_cache):
+def test_load_model(tmp_path, capsys):
     config = tiny(tmp_path)
     model, (optimizer, _) = Decoder(config.model), make_optimizer(config.optim, config.steps)
     state = jax.jit(functools.partial(create_state, config, model, optimizer))()

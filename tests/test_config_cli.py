@@ -80,7 +80,7 @@ def edit(values, path, value):
             "Cats",
             "config.data.type='Cats' is not known; it must be one of TextData, PasskeyData",
         ),
-        ("model.num_heads", 3, "num_heads"),
+        ("model.num_kv_heads", 3, "num_kv_heads=3 does not divide num_heads=2"),
         ("work_dir", 3, "config.work_dir=3 is not allowed; it must be str or NoneType"),
     ],
 )

@@ -70,7 +70,7 @@ def test_an_overflowed_row_stays_marked(x64):
     state = run(params, TOKENS[:1, :3], state=model.init_state(1, max_length=4)).state
     state = run(params, TOKENS[:1, 3:6], state=state).state
     assert np.all(np.isnan(run(params, TOKENS[:1, 6:9], state=state).logits))
-    with pytest.raises(ValueError, match="max_length"):  # more than the cache holds: known before anything runs
+    with pytest.raises(ValueError, match="max_length"):  # known before anything runs
         run(params, TOKENS[:1, :5], state=model.init_state(1, max_length=4))
 
 

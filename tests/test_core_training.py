@@ -85,7 +85,7 @@ def test_rsp_draws_for_every_row(x64):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_rsp_draws_only_where_a_document_starts(schedule, x64):
-    """A row that goes on keeps its state; one that is reset, now or later in the call, takes the stored one."""
+    """A row that goes on keeps its state; one that is reset, now or later in a call, takes the stored one."""
     config = fam_config({"rsp": 1.0}, schedule=schedule)
     params, rsp, run = params_of(config), stored(config), runner(config)
     past = some_tokens(3, B + 2, seed=5)

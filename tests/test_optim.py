@@ -115,7 +115,7 @@ def test_clipping_is_by_the_global_norm():
     # AdamW does not see the gradient's scale, but eps does: what is clipped moves as if scaled beforehand.
     tiny = dataclasses.replace(config, eps=1.0, schedule="constant", learning_rate=1.0)
     grads = {"wq": jnp.full((1, 4, 4), 3.0), "embed": jnp.full((3, 4), 4.0)}
-    norm = float(optax.global_norm(grads))
+    norm = float(optax.tree.norm(grads))
     scaled = jax.tree.map(lambda g: g / norm, grads)
     for first, second in ((grads, scaled), (jax.tree.map(lambda g: g * 100, grads), scaled)):
         tx = make_optimizer(tiny, 10)[0]

@@ -226,3 +226,43 @@ def test_command_reports_bad_input_in_one_line(tmp_path, monkeypatch, capsys):
         assert error.startswith("error: ")
         assert message in error
         assert error.count("\n") == 1
+
+
+def training_run(folder: Path, rows) -> Path:
+    """The files of a training run, as far as a report reads them."""
+    (folder / "checkpoints" / "2").mkdir(parents=True)
+    (folder / "checkpoints" / "2" / "meta.json").write_text("{}")
+    circumstances = {name: getattr(passkey(), name) for name in ("commit", "hardware", "versions", "command", "data")}
+    (folder / "run.json").write_text(json.dumps({"config": {"name": "lm", "seed": 7}, **circumstances}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9, "cut o')
+    return folder
+
+
+def test_training_runs_are_reported_beside_results(tmp_path, monkeypatch, capsys):
+    rows = [
+        {"step": 1, "split": "train", "loss": 3.0, "accuracy": 0.1},
+        {"step": 2, "split": "train", "loss": 2.5, "accuracy": 0.2},
+        {"step": 2, "split": "validation", "loss": 2.75, "accuracy": 0.2},
+    ]
+    run = training_run(tmp_path / "runs" / "lm", rows)
+    file = results.write(passkey("one"), tmp_path / "runs")
+    assert results.find([tmp_path / "runs"]) == [file, run]
+    result = results.read_run(run)
+    assert result.values["curves"] == [
+        {"label": "train", "seed": 7, "step": [1, 2], "loss": [3.0, 2.5]},
+        {"label": "validation", "seed": 7, "step": [2], "loss": [2.75]},
+    ]
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "runs")])
+    assert report.main() == 0
+    text = capsys.readouterr().out
+    assert "## one" in text
+    assert "## lm-training" in text
+    assert (run / "training.png").exists()
+
+
+def test_incomplete_runs_are_errors(tmp_path):
+    with pytest.raises(ResultError, match=r"run\.json: cannot be read"):
+        results.read_run(tmp_path)
+    run = training_run(tmp_path / "lm", [{"step": 1, "split": "train"}])
+    with pytest.raises(ResultError, match=r"is not what experiments\.train writes .*loss"):
+        results.read_run(run)

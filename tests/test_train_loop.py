@@ -11,7 +11,15 @@ import time
 
 import numpy as np
 import pytest
-from train_helpers import ROOT, assert_same_bits, environment, metric_rows, restore, tiny
+from train_helpers import (
+    ROOT,
+    assert_same_bits,
+    compile_cache,  # noqa: F401
+    environment,
+    metric_rows,
+    plain,
+    restore,
+)
 
 import experiments.train
 from experiments.checkpoint import CheckpointError, load_model
@@ -22,13 +30,13 @@ from experiments.process import BusyError, only_process
 from experiments.step import make_eval_step, means
 from experiments.train import NonFiniteError, load_data, main, train
 
-pytest_plugins = ("train_helpers",)
+pytestmark = pytest.mark.usefixtures("compile_cache")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, compile_cache):
+def finished(tmp_path_factory):
     """A complete run of seven steps and its result."""
-    config = tiny(tmp_path_factory.mktemp("finished"), steps=7, log_every=2, eval_every=3, checkpoint_every=3, keep=2)
+    config = plain(tmp_path_factory.mktemp("finished"), steps=7, log_every=2, eval_every=3, checkpoint_every=3, keep=2)
     return config, train(config, progress=False)
 
 
@@ -54,22 +62,22 @@ def test_what_is_written_when(finished):
 def test_validation_is_what_evaluation_by_hand_gives(finished):
     config, result = finished
     step, batches = make_eval_step(result.model), load_data(config.data, "validation")
-    total, stream = {}, result.model.init_state(config.data.batch_size)
+    total = {}
     for _ in range(config.eval_steps):
-        sums, stream = step(result.state.params, next(batches), stream)
+        sums, _ = step(result.state.params, next(batches), None)
         total = {name: total.get(name, 0.0) + float(value) for name, value in sums.items()}
     assert result.validation == {name: means(total)[name] for name in ("loss", "accuracy")}
 
 
-def test_it_learns(tmp_path, compile_cache):
-    result = train(tiny(tmp_path, steps=60), progress=False)
+def test_it_learns(tmp_path):
+    result = train(plain(tmp_path, steps=60), progress=False)
     losses = [row["loss"] for row in metric_rows(result.config)]
     assert losses[0] > 5.0  # of 256 ids, none is known
-    assert np.mean(losses[-10:]) < 2.6  # eleven letters are used: log 11 is 2.4
+    assert np.mean(losses[-10:]) < 3.0  # ten letters are used: log 10 is 2.3
 
 
-def test_callback_ends_the_run(tmp_path, compile_cache):
-    config, seen = tiny(tmp_path, checkpoint_every=0), []
+def test_callback_ends_the_run(tmp_path):
+    config, seen = plain(tmp_path, checkpoint_every=0), []
 
     def callback(step, metrics, state):
         seen.append((step, metrics["loss"], int(state.step)))
@@ -82,8 +90,8 @@ def test_callback_ends_the_run(tmp_path, compile_cache):
     assert restore(config).step == 4
 
 
-def test_fresh_moves_the_old_run_aside(tmp_path, compile_cache, capsys):
-    config = tiny(tmp_path, steps=2)
+def test_fresh_moves_the_old_run_aside(tmp_path, capsys):
+    config = plain(tmp_path, steps=2)
     first = train(config, progress=False)
     for number in (1, 2):
         result = train(config, fresh=True, progress=number == 2)
@@ -97,22 +105,27 @@ def test_fresh_moves_the_old_run_aside(tmp_path, compile_cache, capsys):
     assert "nothing is left to do: 2 of 2 steps" in capsys.readouterr().out
 
 
-def test_changes_are_announced(tmp_path, compile_cache, capsys):
-    config = tiny(tmp_path, steps=5)
+def test_changes_are_announced(tmp_path, capsys):
+    config = plain(tmp_path, steps=5)
     train(config, progress=False)
     train(dataclasses.replace(config, steps=6))
     shown = capsys.readouterr()
-    assert "changed since the last start: steps was 5 and is 6\n  so the learning rate now decays" in shown.out
+    assert "changed since the last start: steps was 5 and is 6\n" in shown.out
     assert "continuing after step 5 of 6" in shown.out
     assert "loss" in shown.err  # the progress bar
     assert "6/6" in shown.err
+    falling = dataclasses.replace(config, steps=7, optim=OptimConfig(learning_rate=1e-2, warmup_steps=1))
+    train(falling)
+    shown = capsys.readouterr()
+    assert "optim.schedule was 'constant' and is 'cosine'" in shown.out
+    assert "so the learning rate now decays over other steps" in shown.out
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, d_ff=16))
     with pytest.raises(CheckpointError, match=r"model.d_ff is 32 there and 16 here"):
         train(other, progress=False)
 
 
 def test_one_process_at_a_time(tmp_path):
-    config = tiny(tmp_path)
+    config = plain(tmp_path)
     config.directory.mkdir()
     with only_process(config.directory):
         for fresh in (False, True):
@@ -120,8 +133,8 @@ def test_one_process_at_a_time(tmp_path):
                 train(config, progress=False, fresh=fresh)
 
 
-def test_loss_that_is_not_finite(tmp_path, compile_cache):
-    config = tiny(tmp_path, steps=5, checkpoint_every=2)
+def test_loss_that_is_not_finite(tmp_path):
+    config = plain(tmp_path, steps=5, checkpoint_every=2)
     good = train(config, progress=False)
     wild = OptimConfig(learning_rate=1e38, schedule="constant")
     wilder = dataclasses.replace(config, optim=wild, steps=9, checkpoint_every=1)
@@ -146,18 +159,17 @@ def test_failures_are_one_line(monkeypatch, capsys, error, status):
     assert capsys.readouterr().err == "error: what went wrong\n"
 
 
-def test_interrupt_saves_and_says_how_to_continue(tmp_path, compile_cache):
-    config = tiny(tmp_path)
+def test_interrupt_saves_and_says_how_to_continue(tmp_path):
+    config = plain(tmp_path)
     words = shlex.split(
-        "--config lm --model.num-layers 2 --model.d-model 16 --model.num-heads 2 --model.head-dim 8 "
-        "--model.d-ff 32 --model.memory.block-size 8 --model.memory.fam-length 2 --model.memory.rsp 0.5 "
-        "--model.memory.noise 0.1 --data.batch-size 2 --data.length 32 --data.block-size 8 "
+        "--config lm_bswa --model.num-layers 2 --model.d-model 16 --model.num-heads 2 --model.head-dim 8 "
+        "--model.d-ff 32 --model.memory.block-size 8 --data.batch-size 2 --data.length 32 --data.block-size 8 "
         "--checkpoint-every 0 --eval-every 0 --log-every 1 --optim.decay-steps 200"
     )
     words += ["--data.source", config.data.source, "--data.data-dir", config.data.data_dir]
     words += ["--work-dir", str(config.directory)]
     command = [sys.executable, "-m", "experiments.train", *words]
-    options = {"cwd": ROOT, "env": environment(compile_cache), "stdout": subprocess.PIPE, "text": True}
+    options = {"cwd": ROOT, "env": environment(), "stdout": subprocess.PIPE, "text": True}
 
     log = config.directory / "metrics.jsonl"
     with subprocess.Popen([*command, "--steps", "1000000"], stderr=subprocess.PIPE, **options) as process:
@@ -170,7 +182,7 @@ def test_interrupt_saves_and_says_how_to_continue(tmp_path, compile_cache):
         out, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
     assert "SIGTERM: saving a checkpoint after this step" in err
-    assert "to continue: python -m experiments.train --config lm" in out
+    assert "to continue: python -m experiments.train --config lm_bswa" in out
     assert "Traceback" not in err
     (saved,) = [int(path.name) for path in (config.directory / "checkpoints").iterdir()]
     assert read_metrics(log)[-1]["step"] == saved
@@ -182,9 +194,9 @@ def test_interrupt_saves_and_says_how_to_continue(tmp_path, compile_cache):
     assert [row["step"] for row in read_metrics(log)] == list(range(1, saved + 3))
 
 
-def test_signals_are_given_back(tmp_path, compile_cache):
+def test_signals_are_given_back(tmp_path):
     before = signal.getsignal(signal.SIGINT)
-    config = tiny(tmp_path, steps=6, checkpoint_every=0)
+    config = plain(tmp_path, steps=6, checkpoint_every=0)
 
     def interrupt(step, metrics, state):
         if step == 2:

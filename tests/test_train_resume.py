@@ -5,25 +5,33 @@ import signal
 
 import numpy as np
 import pytest
-from train_helpers import assert_same_bits, metric_rows, restore, tiny, train_process
+from train_helpers import (
+    assert_same_bits,
+    compile_cache,  # noqa: F401
+    metric_rows,
+    plain,
+    restore,
+    tiny,
+    train_process,
+)
 
 import experiments.train
 from experiments.optim import OptimConfig
 from experiments.train import train
 
-pytest_plugins = ("train_helpers",)
+pytestmark = pytest.mark.usefixtures("compile_cache")
 
 
 @pytest.mark.parametrize("mode", ["stream", "packed"])
-def test_killed_and_started_again(tmp_path, compile_cache, mode):
+def test_killed_and_started_again(tmp_path, mode):
     straight, killed = (tiny(tmp_path, name, mode) for name in ("straight", "killed"))
-    done = train_process(straight, compile_cache)
+    done = train_process(straight)
     assert done.returncode == 0, done.stderr
 
-    assert train_process(killed, compile_cache, kill_at=15).returncode == -signal.SIGKILL
+    assert train_process(killed, kill_at=15).returncode == -signal.SIGKILL
     assert restore(killed).step == 10
     assert metric_rows(killed)[-1]["step"] == 15  # beyond the checkpoint: these lines must not stay
-    done = train_process(killed, compile_cache)
+    done = train_process(killed)
     assert done.returncode == 0, done.stderr
 
     one, other = restore(straight), restore(killed)
@@ -43,9 +51,9 @@ def test_killed_and_started_again(tmp_path, compile_cache, mode):
         assert one.rest["stream"] is None
 
 
-def test_more_steps_continue_a_finished_run(tmp_path, compile_cache):
+def test_more_steps_continue_a_finished_run(tmp_path):
     optim = OptimConfig(learning_rate=1e-2, warmup_steps=3, decay_steps=15)
-    whole, parts = tiny(tmp_path, "whole", optim=optim), tiny(tmp_path, "parts", optim=optim)
+    whole, parts = plain(tmp_path, "whole", optim=optim), plain(tmp_path, "parts", optim=optim)
     train(whole, progress=False)
     first = train(dataclasses.replace(parts, steps=7), progress=False)
     second = train(parts, progress=False)
@@ -84,9 +92,9 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-def test_curriculum(tmp_path, compile_cache, monkeypatch):
+def test_curriculum(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments.train, "load_data", lambda data, split: Curriculum())
-    straight, killed = (tiny(tmp_path, name, "packed", steps=12, checkpoint_every=5) for name in ("straight", "killed"))
+    straight, killed = (plain(tmp_path, name, steps=12, checkpoint_every=5) for name in ("straight", "killed"))
 
     def kill(step, metrics, state):
         if step == 9:

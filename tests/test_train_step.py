@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,14 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from train_helpers import MODEL, assert_same_bits, tiny
+from train_helpers import assert_same_bits, tiny
 
-from experiments.config import TrainConfig
-from experiments.optim import OptimConfig, make_optimizer
-from experiments.step import create_state, make_eval_step, make_train_step, means, token_sums
-from fam_jax import Decoder
-
-pytest_plugins = ("train_helpers",)
+from experiments.optim import make_optimizer
+from experiments.step import TrainState, create_state, make_eval_step, make_train_step, means, token_sums
+from fam_jax import Decoder, RSPState
 
 
 def test_weighted_loss_by_hand():
@@ -33,14 +29,13 @@ def test_weighted_loss_by_hand():
             nll += weights[row, token] * (log_z - exact[targets[row, token]])
             z2 += weights[row, token] * log_z**2
             total += weights[row, token]
-    found = means(token_sums(*map(jnp.asarray, (logits, targets, weights))))
+    sums = token_sums(*map(jnp.asarray, (logits, targets, weights)))
+    found = means(sums)
     np.testing.assert_allclose(found["loss"], nll / total, rtol=1e-6)
     np.testing.assert_allclose(found["z2"], z2 / total, rtol=1e-6)
     # A token of weight zero is in no sum, whatever its logits.
-    changed = logits.copy()
-    changed[0, 2] = changed[1, 0] = 1e4
-    again = token_sums(*map(jnp.asarray, (changed, targets, weights)))
-    assert_same_bits(token_sums(*map(jnp.asarray, (logits, targets, weights))), again)
+    logits[0, 2] = logits[1, 0] = 1e4
+    assert_same_bits(sums, token_sums(*map(jnp.asarray, (logits, targets, weights))))
 
 
 def test_accuracy_and_exact_match():
@@ -58,119 +53,140 @@ def test_nothing_to_learn_from():
 
 
 def test_sums_of_batches_add_up():
-    key = jax.random.key(0)
-    logits = jax.random.normal(key, (4, 6, 5))
-    targets, weights = jax.random.randint(key, (4, 6), 0, 5), jax.random.uniform(key, (4, 6))
-    whole = token_sums(logits, targets, weights)
-    parts = [token_sums(logits[i], targets[i], weights[i]) for i in (slice(1), slice(1, 4))]
+    rng = np.random.default_rng(0)
+    logits, targets = rng.normal(size=(4, 6, 5)).astype(np.float32), rng.integers(0, 5, (4, 6))
+    weights = rng.uniform(size=(4, 6)).astype(np.float32)
+    whole, *parts = (
+        token_sums(*(x[rows] for x in (logits, targets, weights))) for rows in (slice(4), slice(1), slice(1, 4))
+    )
     for name, value in means({name: float(sum(part[name] for part in parts)) for name in whole}).items():
         np.testing.assert_allclose(value, means(whole)[name], rtol=1e-5)
 
 
-class Stream(NamedTuple):
-    config: TrainConfig
-    model: Decoder
-    create: Callable
-    step: Callable
-    batches: list
+class Out(NamedTuple):
+    logits: jax.Array
+    state: jax.Array | None
+    rsp: jax.Array | None
 
 
-@pytest.fixture(scope="module")
-def stream(tmp_path_factory, compile_cache):
-    """A stream run's step, its state before it and two batches of whole documents' blocks."""
-    config = tiny(tmp_path_factory.mktemp("step"), optim=OptimConfig(learning_rate=1e-2), z_loss=0.5)
-    model, (optimizer, schedule) = Decoder(config.model), make_optimizer(config.optim, config.steps)
+class Recorder:
+    """Stands for the decoder: logits are rows of a table, the states count tokens, calls are kept."""
+
+    def __init__(self):
+        self.calls = []
+
+    def apply(self, variables, tokens, state=None, rsp=None, **kwargs):
+        self.calls.append(kwargs | {"state": state, "rsp": rsp})
+        logits = variables["params"]["embed"][tokens]
+        if "key" in kwargs:  # so that a test can see which key it was
+            logits += jax.random.normal(kwargs["key"], ())
+        count = jnp.sum(tokens)
+        return Out(logits, None if state is None else state + count, None if rsp is None else rsp + 2 * count)
+
+
+def run_steps(tmp_path, mode, count, tx=None, z_loss=0.0, rsp=True):
+    """Some steps of the recorder from a fixed start; returns it, the batch, the states and the metrics."""
+    config, model = tiny(tmp_path, mode=mode, z_loss=z_loss), Recorder()
     rng = np.random.default_rng(1)
-
-    def batch(reset):
-        ids = rng.integers(0, 256, (2, 33), np.int32)
-        return {
-            "tokens": ids[:, :-1],
-            "targets": ids[:, 1:],
-            "weights": rng.uniform(size=(2, 32)).astype(np.float32),
-            "reset": np.array(reset),
-            "padded": np.zeros((2, 4), bool),
-        }
-
-    batches = [batch([[True, False, False, False]] * 2), batch([[False] * 4, [False, False, True, False]])]
-    step = make_train_step(config, model, optimizer, schedule)
-    return Stream(config, model, jax.jit(lambda: create_state(config, model, optimizer)), step, batches)
-
-
-def test_step_hands_on_the_memory(stream):
-    model, create, step, (first, second) = stream[1:]
-    before = create()
-    params, key = jax.tree.map(np.asarray, before.params), jax.random.fold_in(before.key, 0)
-    variables = {"params": params}
-    kwargs = {"reset": first["reset"], "padded": first["padded"]}
-    apply = jax.jit(functools.partial(model.apply, aligned=True))
-    expected = apply(variables, first["tokens"], state=before.stream, rsp=before.rsp, key=key, **kwargs)
-
-    after, metrics = step(before, first)
-    assert int(after.step) == 1
-    np.testing.assert_allclose(after.stream.fam, expected.state.fam, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(after.stream.blocks, [4, 4])
-    np.testing.assert_allclose(after.rsp.fam, expected.rsp.fam, rtol=1e-5, atol=1e-6)
-    assert bool(after.rsp.valid)
-
-    sums = means(token_sums(expected.logits, first["targets"], first["weights"]))
-    np.testing.assert_allclose(metrics["loss"], sums["loss"], rtol=1e-5)
-    np.testing.assert_allclose(metrics["z_loss"], 0.5 * sums["z2"], rtol=1e-5)
-    assert float(metrics["learning_rate"]) == pytest.approx(1e-2)
-    assert float(metrics["grad_norm/fam_prompt"]) > 0
-    parts = [float(value) ** 2 for name, value in metrics.items() if name.startswith("grad_norm/")]
-    assert float(metrics["grad_norm"]) == pytest.approx(sum(parts) ** 0.5, rel=1e-5)
-
-    after, _ = step(after, second)
-    np.testing.assert_array_equal(after.stream.blocks, [8, 2])  # row 1 began a document two blocks ago
+    ids = rng.integers(0, 5, (2, 5), np.int32)
+    weights = rng.uniform(size=(2, 4)).astype(np.float32)
+    batch = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "weights": weights}
+    if mode == "stream":
+        batch |= {"reset": np.array([[True], [False]]), "padded": np.array([[False], [True]])}
+    tx = tx or optax.sgd(0.1)
+    params = {"embed": jnp.asarray(rng.normal(size=(5, 5)), jnp.float32), "fam_prompt": jnp.ones(3)}
+    state = TrainState(
+        step=jnp.int32(0),
+        params=params,
+        opt_state=tx.init(params),
+        key=jax.random.key(3),
+        stream=jnp.float32(0) if mode == "stream" else None,
+        rsp=jnp.float32(1) if rsp else None,
+    )
+    step, states, metrics = make_train_step(config, model, tx, lambda step: 0.1 + step), [], []
+    for _ in range(count):
+        states.append(jax.tree.map(jnp.copy, state))
+        state, found = step(state, batch)
+        metrics.append({name: float(value) for name, value in found.items()})
+    return model, batch, [*states, state], metrics
 
 
-def test_gradient_includes_z_loss(stream):
-    """Plain gradient descent on the loss written out here moves the parameters as the step does."""
-    model, create, _, (batch, _) = stream[1:]
-    tx = optax.sgd(0.1)
-    state = create().replace(opt_state=tx.init(create().params))
-    params, stream_state, rsp = (jax.tree.map(jnp.copy, x) for x in (state.params, state.stream, state.rsp))
-    key = jax.random.fold_in(state.key, 0)
-
-    def loss(params):
-        kwargs = {"reset": batch["reset"], "padded": batch["padded"], "aligned": True}
-        variables = {"params": params}
-        out = model.apply(variables, batch["tokens"], state=stream_state, rsp=rsp, key=key, **kwargs)
-        log_p = jax.nn.log_softmax(out.logits)
-        nll = -jnp.take_along_axis(log_p, batch["targets"][..., None], -1)[..., 0]
-        log_z = jax.nn.logsumexp(out.logits, -1)
-        return jnp.sum(batch["weights"] * (nll + 0.5 * log_z**2)) / jnp.sum(batch["weights"])
-
-    expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.jit(jax.grad(loss))(params))
-    after, _ = make_train_step(stream.config, model, tx, lambda step: 0.1)(state, batch)
-    for name, one in jax.tree_util.tree_leaves_with_path(after.params):
-        other = dict(jax.tree_util.tree_leaves_with_path(expected))[name]
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+def test_memory_is_handed_on(tmp_path):
+    model, batch, states, _ = run_steps(tmp_path, "stream", 3)
+    (call,) = model.calls  # compiled once, whatever the step
+    assert call["aligned"] is True
+    assert {"state", "rsp", "reset", "padded", "key"} <= {k for k, v in call.items() if v is not None}
+    count = batch["tokens"].sum()
+    assert [float(state.stream) for state in states] == [0, count, 2 * count, 3 * count]
+    assert [float(state.rsp) for state in states] == [1, 1 + 2 * count, 1 + 4 * count, 1 + 6 * count]
+    assert [int(state.step) for state in states] == [0, 1, 2, 3]
+    for state in states:
+        assert_same_bits(state.key, jax.random.key(3))
 
 
-def test_evaluation_has_no_randomness(stream):
-    model, create, _, (batch, _) = stream[1:]
-    state = create()
+def test_packed_rows_start_afresh(tmp_path):
+    model, _, states, _ = run_steps(tmp_path, "packed", 1)
+    assert model.calls[0].keys() == {"state", "rsp", "key"}
+    assert model.calls[0]["state"] is None
+    assert states[-1].stream is None
+    assert float(states[-1].rsp) != 1
+    assert run_steps(tmp_path, "packed", 1, rsp=False)[2][-1].rsp is None
+
+
+def test_loss_and_gradient_of_a_step(tmp_path):
+    _, batch, states, metrics = run_steps(tmp_path, "stream", 2, z_loss=0.5)
+    for number in (0, 1):
+        before, after, found = states[number], states[number + 1], metrics[number]
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(3), number), ())
+
+        def loss(params, noise=noise):
+            logits = params["embed"][batch["tokens"]] + noise
+            log_p = jax.nn.log_softmax(logits)
+            nll = -jnp.take_along_axis(log_p, batch["targets"][..., None], -1)[..., 0]
+            log_z = jax.nn.logsumexp(logits, -1)
+            weights = jnp.asarray(batch["weights"])
+            return jnp.sum(weights * (nll + 0.5 * log_z**2)) / jnp.sum(weights)
+
+        grads = jax.grad(loss)(before.params)
+        for name, value in after.params.items():
+            np.testing.assert_allclose(value, before.params[name] - 0.1 * grads[name], rtol=1e-5, atol=1e-6)
+        assert found["loss"] + found["z_loss"] == pytest.approx(float(loss(before.params)), rel=1e-5)
+        assert found["grad_norm"] == pytest.approx(float(optax.tree.norm(grads)), rel=1e-5)
+        assert found["grad_norm/embed"] == pytest.approx(found["grad_norm"])
+        assert found["grad_norm/fam_prompt"] == 0
+        assert found["param_norm"] == pytest.approx(float(optax.tree.norm(after.params)), rel=1e-5)
+        assert found["learning_rate"] == pytest.approx(0.1 + number)
+    assert "z_loss" not in run_steps(tmp_path, "packed", 1)[3][0]
+
+
+def test_evaluation_has_no_randomness():
+    model = Recorder()
     step = make_eval_step(model)
-    sums, after = step(state.params, batch, state.stream)
-    variables, apply = {"params": state.params}, jax.jit(functools.partial(model.apply, aligned=True))
-    plain = apply(variables, batch["tokens"], state=state.stream, reset=batch["reset"])
-    expected = token_sums(plain.logits, batch["targets"], batch["weights"])
-    for name, value in sums.items():
-        np.testing.assert_allclose(value, expected[name], rtol=1e-5)
-    np.testing.assert_allclose(after.fam, plain.state.fam, rtol=1e-5, atol=1e-6)
-    packed, nothing = step(state.params, {k: batch[k] for k in ("tokens", "targets", "weights")}, None)
-    assert nothing is None
-    np.testing.assert_allclose(packed["nll"], sums["nll"], rtol=1e-5)  # the same rows, begun afresh
+    params, tokens = {"embed": jnp.eye(4)}, np.array([[1, 2]])
+    batch = {"tokens": tokens, "targets": tokens, "weights": np.ones((1, 2), np.float32)}
+    sums, stream = step(params, batch, None)
+    assert stream is None
+    assert float(sums["right"]) == 2
+    flags = {"reset": np.array([[True]]), "padded": np.array([[False]])}
+    _, stream = step(params, batch | flags, jnp.float32(5))
+    assert float(stream) == 8
+    assert all(call.get("key") is None and call["rsp"] is None for call in model.calls)
+    assert model.calls[1]["reset"] is not None
 
 
-def test_state_follows_the_config(tmp_path, compile_cache):
-    config = tiny(tmp_path)
-    for changes, has_rsp in (({}, True), ({"rsp": 0.0}, False)):
-        memory = dataclasses.replace(MODEL.memory, **changes)
-        one = dataclasses.replace(config, model=dataclasses.replace(MODEL, memory=memory))
-        model, (optimizer, _) = Decoder(one.model), make_optimizer(one.optim, one.steps)
-        shapes = jax.eval_shape(lambda one=one, m=model, o=optimizer: create_state(one, m, o))
-        assert (shapes.rsp is not None) == has_rsp
+@pytest.mark.parametrize(
+    ("mode", "rsp", "has_stream", "has_rsp"),
+    [("stream", 0.5, True, True), ("stream", 0.0, True, False), ("packed", 0.5, False, True)],
+)
+def test_first_state(tmp_path, mode, rsp, has_stream, has_rsp):
+    config = tiny(tmp_path, mode=mode)
+    memory = dataclasses.replace(config.model.memory, rsp=rsp)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, memory=memory))
+    model, (optimizer, _) = Decoder(config.model), make_optimizer(config.optim, config.steps)
+    shapes = jax.eval_shape(functools.partial(create_state, config, model, optimizer))
+    assert (shapes.stream is not None, shapes.rsp is not None) == (has_stream, has_rsp)
+    if has_stream:
         assert shapes.stream.fam.shape == (2, 2, 2, 16)
+    if has_rsp:
+        assert isinstance(shapes.rsp, RSPState)
+    assert shapes.params["embed"].shape == (256, 16)

@@ -38,7 +38,7 @@ MODEL = DecoderConfig(
 
 @pytest.fixture(scope="session")
 def compile_cache(tmp_path_factory):
-    """A folder in which this process and those that it starts keep what they compile, and find it again."""
+    """This process and those that it starts keep what they compile, and find it again."""
     folder = tmp_path_factory.mktemp("compiled")
     names = (
         "jax_compilation_cache_dir",
@@ -49,7 +49,7 @@ def compile_cache(tmp_path_factory):
     for name, value in zip(names, (str(folder), 0, -1), strict=True):
         jax.config.update(name, value)
     jax_cache.reset_cache()
-    yield folder
+    yield
     for name, value in before.items():
         jax.config.update(name, value)
     jax_cache.reset_cache()
@@ -86,15 +86,21 @@ def tiny(tmp_path: Path, name: str = "run", mode: str = "stream", **changes) -> 
     return TrainConfig(name=name, model=MODEL, data=data, work_dir=str(tmp_path / name), **settings)
 
 
+def plain(tmp_path: Path, name: str = "run", **changes) -> TrainConfig:
+    """The cheapest run to compile, for tests of all that is not the memory; equal whatever its steps."""
+    optim = OptimConfig(learning_rate=1e-2, schedule="constant")
+    return with_model(tiny(tmp_path, name, "packed", **{"optim": optim} | changes), memory=None)
+
+
 def with_model(config: TrainConfig, **changes) -> TrainConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
 
 
-def environment(cache: Path) -> dict[str, str]:
-    """For processes that share what they compile."""
+def environment() -> dict[str, str]:
+    """For processes that share what they and this one compile."""
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir or ""),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
@@ -114,10 +120,10 @@ train(config, progress=False, callback=kill if int(sys.argv[2]) else None)
 """
 
 
-def train_process(config: TrainConfig, cache: Path, kill_at: int = 0) -> subprocess.CompletedProcess:
+def train_process(config: TrainConfig, kill_at: int = 0) -> subprocess.CompletedProcess:
     """Trains in a process of its own, which is killed after a step if asked for."""
     command = [sys.executable, "-c", _PROCESS, json.dumps(to_json(config)), str(kill_at)]
-    return subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
 
 
 def restore(config: TrainConfig) -> Restored | None:

@@ -22,7 +22,7 @@ def config() -> TrainConfig:
             num_kv_heads=4,
             head_dim=16,
             d_ff=128,
-            memory=MemoryConfig(block_size=32, segments=0, fam_length=8, noise=0.1),
+            memory=MemoryConfig(block_size=32, segments=0, fam_length=8, clip=8.0, noise=0.1),
         ),
         data=PasskeyData(block_size=32, blocks=(3, 4, 6, 8, 12, 16), batch_size=32),
         optim=OptimConfig(
