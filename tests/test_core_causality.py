@@ -159,17 +159,17 @@ def test_stop_gradient_holds_for_a_passed_state(schedule, x64):
 # --------------------------------------------------------------------------------------------- the FAM update
 
 
-def fam_jacobians(config, length, wanted):
-    """D fam[l, row] . w / d `wanted` of the state that the last block starts from."""
+def fam_jacobians(config, *wanted):
+    """Derivatives of one channel mix of the third block's FAM [l, row], and of its logits, by fields of the state."""
     params, model = params_of(config), Decoder(config)
     before = runner(config)(params, TEXT[:, : 2 * B]).state
     weights = np.random.default_rng(5).standard_normal(config.d_model)
 
-    def outputs(value):
-        out = model.apply({"params": params}, TEXT[:, 2 * B : 2 * B + length], state=before.replace(**{wanted: value}))
+    def outputs(fields):
+        out = model.apply({"params": params}, TEXT[:, 2 * B : 3 * B], state=before.replace(**fields))
         return out.state.fam[:, 0] @ weights, out.logits[0] @ np.ones(config.vocab_size)
 
-    return quick_jit(jax.jacrev(outputs))(getattr(before, wanted))
+    return quick_jit(jax.jacrev(outputs))({name: getattr(before, name) for name in wanted})
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -22,7 +22,7 @@ from reference import (
     some_tokens,
 )
 
-from fam_jax import Decoder, presets
+from fam_jax import Decoder, RSPState, presets
 
 T = 2 * B + 1
 TOKENS = some_tokens(2, T + B + 2, seed=2)
@@ -40,17 +40,22 @@ def values_and_gradients(config):
     """Logits, next FAM, and gradients by the parameters and every array of a passed state; call under x64."""
     params = params_of(config)
     # A state with a past of more than a block and, in each row, an open block of another length.
-    state = runner(config)(params, TOKENS[:, : B + 2], lengths=np.array([B + 2, B - 1])).state
+    first = runner(dataclasses.replace(config, schedule="layer", remat=False, scan_layers=True))
+    state = first(params, TOKENS[:, : B + 2], lengths=np.array([B + 2, B - 1])).state
+    training = {}
+    if config.memory.rsp:
+        fam = np.random.default_rng(4).standard_normal((config.num_layers, N, config.d_model))
+        reset = np.array([[False, True, False], [True, False, True]])
+        training = dict(key=jax.random.key(5), rsp=RSPState(fam=fam, valid=np.array(True)), reset=reset)
     rng = np.random.default_rng(3)
     weights = rng.standard_normal((2, T, config.vocab_size))
     fam_weights = rng.standard_normal(np.shape(state.fam))
 
     def loss(p, floats):
-        out = Decoder(config).apply({"params": p}, TOKENS[:, B + 2 : B + 2 + T], state=state.replace(**floats))
-        return jnp.sum(out.logits * weights) + jnp.sum(out.state.fam * fam_weights), (
-            out.logits,
-            out.state.fam,
-        )
+        before, text = state.replace(**floats), TOKENS[:, B + 2 : B + 2 + T]
+        out = Decoder(config).apply({"params": p}, text, state=before, **training)
+        total = jnp.sum(out.logits * weights) + jnp.sum(out.state.fam * fam_weights)
+        return total, (out.logits, out.state.fam, out.rsp)
 
     floats = {name: getattr(state, name) for name in STATE_FIELDS}
     (_, values), gradients = quick_jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, floats)
@@ -61,12 +66,14 @@ CASES = {
     "fam": fam_config(),
     "fam, no segments, parallel, untied": fam_config({"segments": 0}, parallel_block=True, tie_embeddings=False),
     "fam, two segments, stopped": fam_config({"segments": 2, "stop_gradient": True}),
-    "fam, absolute, fractional, pinned, old": fam_config(
+    "fam, absolute, pinned, old, in training": fam_config(
         {
             "positions": "absolute",
-            "fam_positions": "fractional",
             "prompt_positions": "pinned",
             "fam_query": "old",
+            "noise": 0.1,
+            "rsp": 0.5,
+            "rpo": True,
         }
     ),
     "bswa": decoder_config({"segments": 2, "window": 6}),
@@ -162,7 +169,7 @@ def test_fam_adds_the_prompt_and_nothing_else():
 
 @pytest.mark.parametrize(("tied", "parallel"), [(True, False), (False, False), (True, True)])
 def test_parameter_tree(tied, parallel):
-    config = fam_config(tie_embeddings=tied, parallel_block=parallel, param_dtype="float32")
+    config = fam_config(tie_embeddings=tied, parallel_block=parallel, dtype="float32", param_dtype="float32")
     layers, d, h, g, k, f = (
         config.num_layers,
         config.d_model,

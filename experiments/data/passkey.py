@@ -67,7 +67,8 @@ class PasskeyData:
       blocks: lengths of the curriculum, shortest first. Each batch draws one of those reached so far.
       threshold: exact match at the longest length reached, mean over ten batches, that adds the next length.
       digits: of the pass key.
-      depth: where the key stands: `uniform` anywhere in the filler, or `first` before it, as in the paper.
+      depth: where the key stands: `uniform` anywhere in the filler, `first` before it, as in the paper, or `mixed`,
+        every other row first. What is first is learnt much sooner, and teaches what to do with the rest.
       filler: `loop` (the paper's five sentences, repeated) or `decoys`.
       batch_size: rows of a batch.
       seed: of the samples.
@@ -90,8 +91,8 @@ class PasskeyData:
             raise ValueError(f"blocks={self.blocks}: must be lengths in rising order, at least one")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold={self.threshold}: must be between 0 and 1")
-        if self.depth not in ("uniform", "first"):
-            raise ValueError(f"depth={self.depth!r}: must be uniform or first")
+        if self.depth not in ("uniform", "first", "mixed"):
+            raise ValueError(f"depth={self.depth!r}: must be uniform, first or mixed")
         if self.filler not in ("loop", "decoys"):
             raise ValueError(f"filler={self.filler!r}: must be loop or decoys")
         if self.seed < 0:
@@ -146,7 +147,8 @@ class Passkey:
         ids = np.empty((rows, length + 1), np.int32)
         for row in range(rows):
             key = "".join(map(str, rng.integers(0, 10, digits)))
-            depth = int(rng.integers(0, room + 1)) if self.config.depth == "uniform" else 0
+            first = self.config.depth == "first" or (self.config.depth == "mixed" and row % 2 == 0)
+            depth = 0 if first else int(rng.integers(0, room + 1))
             filler = self._filler(rng, room, key)
             parts = (
                 encode(TASK),
