@@ -182,7 +182,9 @@ class _Run:
                 self._settle(*pending)
                 pending = None
             if log:
-                extra = {"tokens_per_second": self.throughput.rate} if self.throughput.rate else {}
+                extra = {"length": batch["tokens"].shape[1]} if hasattr(self.batches, "observe") else {}
+                if self.throughput.rate:
+                    extra["tokens_per_second"] = self.throughput.rate
                 self.log.write(step, "train", {**self.metrics, **extra})
             if evaluate:
                 self._evaluate(step)
@@ -222,11 +224,11 @@ class _Run:
         checked = ("loss", "z_loss", "grad_norm", "param_norm")
         if bad := [name for name in checked if not math.isfinite(self.metrics.get(name, 0.0))]:
             kept = self.checkpoints.steps()
-            good = f"step {kept[-1]} in {self.checkpoints.directory}" if kept else "none yet"
+            found = ", ".join(f"{name} is {self.metrics[name]}" for name in bad)
+            where = f"from the last good checkpoint, step {kept[-1]} in {self.checkpoints.directory}, " if kept else ""
             raise NonFiniteError(
-                f"step {step}: {', '.join(f'{name} is {self.metrics[name]}' for name in bad)} at learning "
-                f"rate {self.metrics['learning_rate']:.3g}. The last good checkpoint: {good}. Start again "
-                "from there with a lower optim.learning_rate or a smaller optim.clip_norm"
+                f"step {step}: {found} at learning rate {self.metrics['learning_rate']:.3g}. Start again {where}with "
+                "a lower optim.learning_rate or a smaller optim.clip_norm"
             )
 
     def _observe(self, step: int) -> bool:

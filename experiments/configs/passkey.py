@@ -1,7 +1,7 @@
 """PassKey with FAM: holds a five-digit number over texts 14 times longer than any it was trained on.
 
 python -m experiments.train --config passkey --seed 0 --data.seed 0
-python -m experiments.evaluate --checkpoint runs/passkey --lengths 16 64 224 --batch-size 50 --zero-memory
+python -m experiments.evaluate --checkpoint runs/passkey --depth uniform --lengths 24 96 336 --batch-size 50 --zero-memory
 """
 
 from experiments.config import TrainConfig
@@ -24,11 +24,11 @@ def config() -> TrainConfig:
             d_ff=128,
             memory=MemoryConfig(block_size=32, segments=0, fam_length=8, clip=8.0, noise=0.1),
         ),
-        data=PasskeyData(block_size=32, blocks=(3, 4, 6, 8, 12, 16), batch_size=32),
+        data=PasskeyData(block_size=32, blocks=(3, 6, 12, 24), threshold=0.85, depth="mixed", batch_size=32),
         optim=OptimConfig(
             learning_rate=3e-3, warmup_steps=100, final_scale=0.02, b2=0.98, weight_decay=0.01, clip_norm=1.0
         ),
-        steps=3000,
+        steps=2400,
         eval_every=0,
         checkpoint_every=500,
     )

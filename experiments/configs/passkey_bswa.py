@@ -1,7 +1,7 @@
 """The window-only twin of passkey: the same size, data and steps, one memory segment and no FAM.
 
 python -m experiments.train --config passkey_bswa --seed 0 --data.seed 0
-python -m experiments.evaluate --checkpoint runs/passkey_bswa --lengths 16 64 224 --batch-size 50
+python -m experiments.evaluate --checkpoint runs/passkey_bswa --depth first --lengths 24 96 336 --batch-size 50
 """
 
 import dataclasses
