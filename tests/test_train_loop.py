@@ -114,7 +114,7 @@ def test_changes_are_announced(tmp_path, capsys):
     assert "continuing after step 5 of 6" in shown.out
     assert "loss" in shown.err  # the progress bar
     assert "6/6" in shown.err
-    falling = dataclasses.replace(config, steps=7, optim=OptimConfig(learning_rate=1e-2, warmup_steps=1))
+    falling = dataclasses.replace(config, optim=OptimConfig(learning_rate=1e-2, warmup_steps=1))
     train(falling)
     shown = capsys.readouterr()
     assert "optim.schedule was 'constant' and is 'cosine'" in shown.out

@@ -16,7 +16,6 @@ from train_helpers import (
 )
 
 import experiments.train
-from experiments.optim import OptimConfig
 from experiments.train import train
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -52,8 +51,7 @@ def test_killed_and_started_again(tmp_path, mode):
 
 
 def test_more_steps_continue_a_finished_run(tmp_path):
-    optim = OptimConfig(learning_rate=1e-2, warmup_steps=3, decay_steps=15)
-    whole, parts = plain(tmp_path, "whole", optim=optim), plain(tmp_path, "parts", optim=optim)
+    whole, parts = plain(tmp_path, "whole"), plain(tmp_path, "parts")
     train(whole, progress=False)
     first = train(dataclasses.replace(parts, steps=7), progress=False)
     second = train(parts, progress=False)
