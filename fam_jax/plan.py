@@ -106,11 +106,15 @@ def make_plan(config: DecoderConfig, call: Call, *, key: Array | None, rsp_valid
     total = begin + call.lengths
     reset &= total[:, None] >= number * size  # a row that does not get as far as a block does not reset there
 
+    # Full attention is one block that never ends.
+    open_block = total // size if memory is not None else jnp.zeros_like(total)
+    offset = total - open_block * size
     first = jnp.where(number == 0, begin[:, None], 0)
     end = jnp.clip(total[:, None] - number * size, 0, size)
-    # Full attention is one block that never ends.
+    # A row that is through before the others adds nothing to the block that it leaves open.
+    through = number > open_block[:, None]
+    first, end = (jnp.where(through, offset[:, None], edge) for edge in (first, end))
     complete = (end == size) & (memory is not None)
-    open_block = total // size if memory is not None else jnp.zeros_like(total)
 
     last_reset = jax.lax.cummax(jnp.where(reset, number, -1), axis=1)
     blocks = jnp.where(last_reset >= 0, number - last_reset, state.blocks[:, None] + number)
@@ -131,7 +135,7 @@ def make_plan(config: DecoderConfig, call: Call, *, key: Array | None, rsp_valid
 
     counters = {
         "fresh": after(fresh),
-        "offset": (total - open_block * size).astype(jnp.int32),
+        "offset": offset.astype(jnp.int32),
         "blocks": after(blocks).astype(jnp.int32),
         "shift": after(shift),
     }

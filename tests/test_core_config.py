@@ -30,6 +30,10 @@ BAD_MEMORY = [
     ("window", -2, {}),
     ("window", 6, {}),  # more than one segment of 4 and the token itself
     ("window", 2.5, {}),
+    ("clip", 0.0, {"fam_length": 2}),
+    ("clip", -1.0, {"fam_length": 2}),
+    ("clip", NAN, {"fam_length": 2}),
+    ("clip", float("inf"), {"fam_length": 2}),
     ("noise", -0.1, {"fam_length": 2}),
     ("noise", NAN, {"fam_length": 2}),
     ("noise", float("inf"), {"fam_length": 2}),

@@ -41,25 +41,22 @@ ABSOLUTE = {"positions": "absolute"}
 DENSE = {
     "full": decoder_config(),
     "full, multi-head, parallel, untied": decoder_config(num_kv_heads=4, tie_embeddings=False, **PARALLEL),
-    "full, multi-query, base 100": decoder_config(num_kv_heads=1, rope_base=100.0, norm_eps=1e-3),
-    "bswa 0": decoder_config({"segments": 0}),
+    "bswa 0, multi-query, base 100": decoder_config({"segments": 0}, num_kv_heads=1, rope_base=100.0, norm_eps=1e-3),
     "bswa 1": decoder_config({"segments": 1}, **BLOCK),
     "bswa 2, parallel, multi-query": decoder_config({"segments": 2}, num_kv_heads=1, **PARALLEL),
     "bswa 3, absolute": decoder_config({"segments": 3, **ABSOLUTE}, **BLOCK),
-    "bswa 6, longer than the text": decoder_config({"segments": 6}),
     "window B, gradient stopped": decoder_config({"window": B, "stop_gradient": True}),
     "window 2B+1 of 2": decoder_config({"segments": 2, "window": 2 * B + 1, **ABSOLUTE}, **BLOCK),
-    "window 1": decoder_config({"segments": 0, "window": 1}, **BLOCK),
     "blocks of one token": decoder_config({"block_size": 1, "segments": 3}),
 }
 
 FAM = {
     "default": fam_config(),
-    "default, block": fam_config(**BLOCK),
     "no segments": fam_config({"segments": 0}, **BLOCK),
-    "two segments, multi-query, parallel": fam_config({"segments": 2}, num_kv_heads=1, **PARALLEL),
-    "multi-head, untied, absolute": fam_config(ABSOLUTE, num_kv_heads=4, tie_embeddings=False, **BLOCK),
-    "old query slot": fam_config({"fam_query": "old"}),
+    "as many rows as tokens, two segments, multi-query, parallel": fam_config(
+        {"segments": 2, "fam_length": B}, num_kv_heads=1, **PARALLEL
+    ),
+    "old query slot, multi-head, untied": fam_config({"fam_query": "old"}, num_kv_heads=4, tie_embeddings=False),
     "old query slot, pinned": fam_config({"fam_query": "old", "prompt_positions": "pinned", **ABSOLUTE}, **BLOCK),
     "fractional": fam_config({"fam_positions": "fractional"}, **BLOCK),
     "fractional, old query slot, three rows": fam_config(
@@ -70,11 +67,9 @@ FAM = {
     "pinned, fractional": fam_config(
         {"prompt_positions": "pinned", "fam_positions": "fractional", **ABSOLUTE}, **BLOCK
     ),
-    "first residual kept": fam_config({"first_residual": "fam"}),
+    "first residual kept, one row, three layers": fam_config({"first_residual": "fam", "fam_length": 1}, num_layers=3),
     "first residual kept, parallel": fam_config({"first_residual": "fam"}, **PARALLEL, **BLOCK),
     "window": fam_config({"window": 3, "stop_gradient": True}),
-    "as many rows as tokens": fam_config({"fam_length": B, "segments": 0}),
-    "one row, three layers": fam_config({"fam_length": 1}, num_layers=3, **BLOCK),
 }
 
 

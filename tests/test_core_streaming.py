@@ -1,6 +1,5 @@
 """Any split of a text gives what one call gives: open blocks, per-row lengths, document starts."""
 
-import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -83,7 +82,7 @@ def test_splits_equal_one_call(name, x64):
     config = STREAMED[name]
     params, run, length = params_of(config), runner(config), 4 * B + 1
     whole = run(params, LONG[:, :length])
-    for sizes in ([1] * length, [2, B + 2, 2, B + 2, 1, 2]):
+    for sizes in ([1] * length, [2, B + 2, 1, B + 2, 2]):
         logits, state = feed(run, params, LONG, sizes)
         assert_close(logits, whole.logits, 1e-10, str(sizes))
         assert_trees_close(readable(state), readable(whole.state), 1e-10)
@@ -214,8 +213,8 @@ def test_a_reset_row_is_a_fresh_start_exactly(schedule, x64):
     """Bit-equal logits and state whatever was read before, in earlier calls and in the same call."""
     config = fam_config({"segments": 2}, schedule=schedule, tie_embeddings=False)
     params, run = params_of(config), runner(config)
-    old = run(params, LONG[:, : 3 * B + 1]).state
-    older = run(params, LONG[::-1, B : B + 3]).state
+    old = run(params, LONG[:, B : 3 * B]).state
+    older = run(params, LONG[::-1, : 2 * B], lengths=np.array([B + 3, 2])).state
     reset = np.array([[True, False], [True, False]])
     tokens = LONG[:, : 2 * B]
     outs = [run(params, tokens, state=state, reset=reset) for state in (old, older)]
@@ -263,15 +262,12 @@ def test_aligned_is_only_a_promise(schedule, x64):
     config = fam_config(schedule=schedule)
     params, run = params_of(config), runner(config)
     start = run(params, LONG[:, :B]).state
-    for end, lengths in ((3 * B, None), (3 * B + 2, np.array([2 * B + 2, B - 1]))):
-        tokens = LONG[:, B:end]
-        reset = np.zeros((2, -(-tokens.shape[1] // B)), bool)
-        reset[0, 1] = True
+    tokens, reset = LONG[:, B : 3 * B + 2], np.array([[False, True, False], [False, False, False]])
+    for lengths in (np.array([2 * B, 2 * B]), np.array([2 * B + 2, B - 1])):
         plain, aligned = (
             run(params, tokens, state=start, lengths=lengths, reset=reset, aligned=flag) for flag in (False, True)
         )
-        for r in range(2):
-            count = tokens.shape[1] if lengths is None else lengths[r]
+        for r, count in enumerate(lengths):
             assert_close(aligned.logits[r, :count], plain.logits[r, :count], 1e-12, f"row {r}")
         assert_trees_close(readable(aligned.state), readable(plain.state), 1e-12)
 
@@ -300,7 +296,7 @@ def resident_bytes() -> int:
 
 def test_a_million_tokens_stream_in_constant_memory():
     """State size and process memory stay where they are after a warm-up, and the numbers stay finite."""
-    config = fam_config({"block_size": 50, "fam_length": 4}, num_layers=1, **F32)
+    config = fam_config({"block_size": 25, "fam_length": 4}, num_layers=1, **F32)
     model, params, chunk = Decoder(config), jax.device_put(params_of(config)), 5000
 
     @jax.jit  # compiled to run fast
@@ -318,7 +314,7 @@ def test_a_million_tokens_stream_in_constant_memory():
         if sys.platform == "linux":
             resident.append(resident_bytes())
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == shapes
-    assert int(state.blocks[0]) * 50 + int(state.offset[0]) == 1_000_000
+    assert int(state.blocks[0]) * 25 + int(state.offset[0]) == 1_000_000
     assert np.all(np.isfinite(out.logits))
     if resident:  # 20 calls of warm-up, then 900,000 tokens whose states alone would be 180 copies
         assert max(resident[20:]) - resident[20] < 30 * 2**20
@@ -336,14 +332,12 @@ def test_rows_slice_and_tile(x64):
     questions = some_tokens(4, B, seed=10)
     got = run(params, questions, state=state.rows(order))
     for i, r in enumerate(order):
-        alone = run(params, questions[[i, i]], state=state.rows([r, r]))
-        assert_close(got.logits[i], alone.logits[0], 1e-10, f"question {i}")
         text = np.concatenate([LONG[r, : (B + 3, 2)[r]], questions[i]])
         assert_close(got.logits[i], fam_decoder(params, config, text).logits[-B:], 1e-10, f"question {i}")
 
 
 def test_the_state_survives_saving(x64):
-    for config in (fam_config(), fam_config(schedule="block"), decoder_config()):
+    for config in (fam_config(), decoder_config()):
         params, run = params_of(config), runner(config)
         state = Decoder(config).init_state(2, max_length=None if config.memory else T)
         state = run(params, LONG[:, : B + 1], state=state).state
@@ -373,14 +367,3 @@ def test_gradients_flow_through_a_passed_state(schedule, split, x64):
     whole, parts = quick_jit(lambda p: (jax.grad(one)(p), jax.grad(two)(p)))(params)
     assert_trees_close(parts, whole, 1e-10)
     assert np.all(np.any(parts["embed"][:split] != 0, axis=1))
-
-
-def test_schedules_continue_each_other(x64):
-    """A state written under one schedule is read under the other."""
-    layer, block = (fam_config(schedule=schedule) for schedule in SCHEDULES)
-    params = params_of(layer)
-    want = runner(layer)(params, LONG[:, : 3 * B]).logits
-    state = runner(layer)(params, LONG[:, : B + 1]).state
-    got = runner(block)(params, LONG[:, B + 1 : 3 * B], state=state)
-    assert_close(got.logits, want[:, B + 1 :])
-    assert dataclasses.replace(layer, schedule="block") == block

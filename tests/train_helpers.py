@@ -32,7 +32,7 @@ MODEL = DecoderConfig(
     num_kv_heads=1,
     head_dim=8,
     d_ff=32,
-    memory=MemoryConfig(block_size=8, fam_length=2, rsp=0.5, noise=0.1),
+    memory=MemoryConfig(block_size=8, fam_length=2, rsp=0.9, noise=0.1),
 )
 
 
