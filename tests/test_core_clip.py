@@ -2,10 +2,18 @@
 
 import dataclasses
 
+import jax
 import numpy as np
+import pytest
 from reference import assert_close, fam_config, params_of, runner, some_tokens
 
 TEXT = some_tokens(2, 23, seed=4)
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
 
 
 def sizes(state):

@@ -94,10 +94,10 @@ def test_fam_equals_the_loop_over_algorithm_2(name, x64):
 def test_the_two_references_agree_where_both_apply():
     """Else one of them is wrong: without FAM rows the loop is BSWA."""
     for name in (
-        "bswa 0",
+        "bswa 1",
         "bswa 2, parallel, multi-query",
         "window 2B+1 of 2",
-        "bswa 6, longer than the text",
+        "blocks of one token",
     ):
         config = DENSE[name]
         with jax.enable_x64(True):
