@@ -222,7 +222,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> str:
         "\nnext:\n"
         f"  python -m experiments.generate --checkpoint {options.directory / 'lm'} --prompt-file README.md\n"
         "  python -m experiments.train --config lm        # longer, with evaluation; then experiments.evaluate\n"
-        "  python -m experiments.train --config passkey   # holds a key over far longer texts"
+        "  python -m experiments.train --config passkey   # a five-digit key anywhere in the text"
     )
     return table
 

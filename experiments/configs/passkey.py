@@ -1,7 +1,10 @@
-"""PassKey with FAM: holds a five-digit number over texts 14 times longer than any it was trained on.
+"""PassKey with FAM: a five-digit number anywhere in the text, asked for beyond the trained length.
 
 python -m experiments.train --config passkey --seed 0 --data.seed 0
-python -m experiments.evaluate --checkpoint runs/passkey --depth uniform --lengths 24 96 336 --batch-size 50 --zero-memory
+python -m experiments.evaluate --checkpoint runs/passkey --depth uniform --lengths 24 96 336 --zero-memory
+
+18 minutes on one core of an AMD EPYC. Measured with seed 0, 500 trials: 1.000 at 24 blocks, the longest trained,
+0.742 at 96 and 0.106 at 336. The paper's model holds its key at 14 times the trained length.
 """
 
 from experiments.config import TrainConfig
