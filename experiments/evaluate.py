@@ -77,10 +77,12 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
         values, manifest, seeds = _passkey(options, model, variables, config)
     else:
         values, manifest, seeds = _documents(options, model, variables, config)
+    settings = dataclasses.asdict(options)
+    del settings["output"]  # shapes no number, and names a folder of this machine
     result = results.make(
         task,
         options.name or f"{config.name}-{task}",
-        config={"train": to_json(config), "evaluate": options},
+        config={"train": to_json(config), "evaluate": settings},
         seeds=seeds,
         values=values,
         wall_seconds=time.perf_counter() - start,
