@@ -182,7 +182,9 @@ class _Run:
                 self._settle(*pending)
                 pending = None
             if log:
-                extra = {"length": batch["tokens"].shape[1]} if hasattr(self.batches, "observe") else {}
+                extra: dict[str, float] = {}
+                if hasattr(self.batches, "observe"):
+                    extra["length"] = batch["tokens"].shape[1]
                 if self.throughput.rate:
                     extra["tokens_per_second"] = self.throughput.rate
                 self.log.write(step, "train", {**self.metrics, **extra})
