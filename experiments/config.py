@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from experiments.data import TextData, load_tokenizer
+from experiments.data.arithmetic import ArithmeticData
 from experiments.data.passkey import PasskeyData
+from experiments.data.prosqa import ProsqaData
 from experiments.optim import OptimConfig, make_schedule
 from fam_jax import DecoderConfig
 
@@ -47,7 +49,7 @@ class TrainConfig:
 
     name: str
     model: DecoderConfig
-    data: TextData | PasskeyData
+    data: TextData | PasskeyData | ArithmeticData | ProsqaData
     steps: int
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     seed: int = 0
@@ -94,7 +96,7 @@ def check(config: TrainConfig) -> None:
     if isinstance(data, TextData):
         tokenizer = load_tokenizer(data.tokenizer)
         vocabulary, what, shortest = tokenizer.vocab_size, f"data.tokenizer={data.tokenizer!r}", data.length
-    else:
+    elif isinstance(data, PasskeyData):
         vocabulary, what, shortest = data.vocab_size, "the PassKey task", data.blocks[0] * data.block_size
         if config.eval_every:
             raise ValueError(
@@ -102,6 +104,8 @@ def check(config: TrainConfig) -> None:
                 "every training batch is of new samples; set eval_every to 0 and measure with "
                 "experiments.evaluate"
             )
+    else:
+        vocabulary, what, shortest = data.vocab_size, f"the {data.task().tokenizer.name} task", data.length
     if config.model.vocab_size < vocabulary:
         raise ValueError(
             f"model.vocab_size={config.model.vocab_size} is too small for {what}, which has {vocabulary} "
@@ -112,7 +116,7 @@ def check(config: TrainConfig) -> None:
             "data.mode='stream' carries a state of constant size from step to step, which full attention "
             "(model.memory=None) has not; give the model a memory or use data.mode='packed'"
         )
-    if config.stream and memory is not None and memory.block_size != data.block_size:
+    if isinstance(data, TextData) and config.stream and memory is not None and memory.block_size != data.block_size:
         raise ValueError(
             f"data.block_size={data.block_size} and model.memory.block_size={memory.block_size} differ, but "
             "in stream mode documents start where the model's blocks do; set both to the same value"

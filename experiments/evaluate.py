@@ -2,7 +2,8 @@
 
 `loss-by-position` is the loss of each token of whole validation documents by its place in the document: a
 memory that works lowers it far beyond the window. `passkey` is the share of pass keys told right, by the
-length of the text. The measures themselves are in `experiments.measures`.
+length of the text. `answers` is the share of test questions answered right in free writing, by difficulty or, for
+several checkpoints of a run, by step. The measures themselves are in `experiments.measures`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import tyro
 from experiments import data, report, results
 from experiments.checkpoint import CheckpointError, load_model
 from experiments.config import TrainConfig, to_json
+from experiments.data import TextData
 from experiments.data.passkey import Passkey, PasskeyData
-from experiments.measures import check_positive, loss_by_position, passkey_accuracy
+from experiments.data.questions import QuestionData
+from experiments.measures import answer_accuracy, check_positive, loss_by_position, passkey_accuracy
 from fam_jax import Decoder
 
 
@@ -29,7 +32,7 @@ class Options:
 
     Attributes:
         checkpoint: Folder of a run, or one checkpoint in it.
-        task: What to measure. None: passkey for a model trained on PassKey, else loss-by-position.
+        task: What to measure. None: what fits the model's training data.
         name: Name of the result. None: the run's name and the task.
         output: Folder of the result file and the plot.
         batch_size: Texts read side by side.
@@ -42,10 +45,11 @@ class Options:
         depth: For passkey: where the key stands. None: as in training.
         zero_memory: For passkey: measure also with the FAM set to zero after every block.
         seed: For passkey: of the samples.
+        steps: For answers: the checkpoints of these steps of the run. None: the latest only.
     """
 
     checkpoint: Path
-    task: Literal["loss-by-position", "passkey"] | None = None
+    task: Literal["loss-by-position", "passkey", "answers"] | None = None
     name: str | None = None
     output: Path = results.DIRECTORY
     batch_size: int = 16
@@ -58,6 +62,7 @@ class Options:
     depth: Literal["uniform", "first"] | None = None
     zero_memory: bool = False
     seed: int = 0
+    steps: tuple[int, ...] | None = None
 
 
 def run(options: Options) -> tuple[results.Result, Path, Path]:
@@ -67,16 +72,26 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
         The result, its file and its plot.
 
     Raises:
-        ValueError: an option does not fit the model; see also `loss_by_position` and `passkey_accuracy`.
+        ValueError: an option does not fit the model; see also the functions of `experiments.measures`.
         CheckpointError: see `load_model`.
     """
     start = time.perf_counter()
     model, variables, config = load_model(options.checkpoint)
-    task = options.task or ("passkey" if isinstance(config.data, PasskeyData) else "loss-by-position")
+    fits, trained_on = _fits(config)
+    task: str = options.task or fits
+    if task != fits:
+        raise ValueError(
+            f"task={task!r}, but the run {config.name!r} was trained on {trained_on}; use task={fits}, or another run"
+        )
     if task == "passkey":
         values, manifest, seeds = _passkey(options, model, variables, config)
-    else:
+    elif task == "loss-by-position":
         values, manifest, seeds = _documents(options, model, variables, config)
+    elif options.steps is None:
+        values, manifest, seeds = _answers(options, model, variables, config)
+    else:
+        task = "answers-by-step"
+        values, manifest, seeds = _answers_by_step(options, options.steps, config)
     settings = dataclasses.asdict(options)
     del settings["output"]  # shapes no number, and names a folder of this machine
     result = results.make(
@@ -105,14 +120,46 @@ def main() -> int:
     return 0
 
 
+def _fits(config: TrainConfig) -> tuple[str, str]:
+    """The task that fits what a run was trained on, and what that is called."""
+    if isinstance(config.data, PasskeyData):
+        return "passkey", "PassKey"
+    return ("loss-by-position", "text") if isinstance(config.data, TextData) else ("answers", "questions")
+
+
+def _answers(options: Options, model: Decoder, variables: Any, config: TrainConfig) -> tuple[Any, Any, list[int]]:
+    """Values, data manifest and seeds of the answers of a checkpoint."""
+    assert isinstance(config.data, QuestionData)
+    curve = answer_accuracy(model, variables, config.data.task(), batch_size=options.batch_size)
+    return {"curves": [{"label": config.name, "seed": config.seed, **curve}]}, None, [config.seed]
+
+
+def _answers_by_step(options: Options, steps: tuple[int, ...], config: TrainConfig) -> tuple[Any, Any, list[int]]:
+    """Values, data manifest and seeds of the answers of several checkpoints of a run, a curve per level."""
+    if not steps or (options.checkpoint / "meta.json").exists():
+        raise ValueError(
+            f"steps={steps} picks checkpoints of a run, but checkpoint={str(options.checkpoint)!r} is one of them, or "
+            "no step is given; give the folder of the run and at least one step"
+        )
+    assert isinstance(config.data, QuestionData)
+    names = ("accuracy", "correct", "trials")
+    curves: dict[int, dict[str, Any]] = {}
+    for step in steps:
+        model, variables, _ = load_model(options.checkpoint, step)
+        measured = answer_accuracy(model, variables, config.data.task(), batch_size=options.batch_size)
+        for place, level in enumerate(measured["level"]):
+            empty = {"label": f"{config.name}, level {level}", "seed": config.seed}
+            curve = curves.setdefault(level, empty | {name: [] for name in ("step", *names)})
+            curve["step"].append(step)
+            for name in names:
+                curve[name].append(measured[name][place])
+    return {"curves": list(curves.values())}, None, [config.seed]
+
+
 def _passkey(options: Options, model: Decoder, variables: Any, config: TrainConfig) -> tuple[Any, Any, list[int]]:
     """Values, data manifest and seeds of the PassKey result of a checkpoint."""
     settings = config.data
-    if not isinstance(settings, PasskeyData):
-        raise ValueError(
-            f"task='passkey', but the run {config.name!r} was trained on text; use task=loss-by-position, "
-            "or train on PassKey first"
-        )
+    assert isinstance(settings, PasskeyData)
     if options.depth is not None:
         settings = dataclasses.replace(settings, depth=options.depth)
     longest = settings.blocks[-1]
@@ -139,11 +186,7 @@ def _passkey(options: Options, model: Decoder, variables: Any, config: TrainConf
 def _documents(options: Options, model: Decoder, variables: Any, config: TrainConfig) -> tuple[Any, Any, list[int]]:
     """Values, data manifest and seeds of the loss by position of a checkpoint."""
     settings = config.data
-    if isinstance(settings, PasskeyData):
-        raise ValueError(
-            f"task='loss-by-position', but the run {config.name!r} was trained on PassKey, whose vocabulary "
-            "knows no text; use task=passkey"
-        )
+    assert isinstance(settings, TextData)
     if options.source is not None:
         settings = dataclasses.replace(settings, source=options.source)
     check_positive(documents=options.documents, max_tokens=options.max_tokens)

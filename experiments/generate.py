@@ -26,6 +26,7 @@ from experiments.checkpoint import CheckpointError, load_model
 from experiments.config import TrainConfig
 from experiments.data import DataError, check_ids, load_tokenizer
 from experiments.data.passkey import PasskeyData, PasskeyTokenizer
+from experiments.data.questions import QuestionData
 from experiments.measures import check_positive
 from fam_jax import Decoder, StreamState, generate
 
@@ -219,6 +220,8 @@ def run(options: Options) -> Answer:
 
 def tokenizer_of(config: TrainConfig) -> Codec:
     """The tokenizer of a run's data."""
+    if isinstance(config.data, QuestionData):
+        return config.data.task().tokenizer
     return PasskeyTokenizer() if isinstance(config.data, PasskeyData) else load_tokenizer(config.data.tokenizer)
 
 

@@ -1,7 +1,8 @@
-"""Measures of a trained model: loss by position in the document, PassKey accuracy by length.
+"""Measures of a trained model: loss by position in the document, PassKey accuracy by length, answers by difficulty.
 
 Texts are read in chunks of a fixed number of tokens, the state carried from chunk to chunk, so memory does
 not grow with their length, and one compiled program serves all lengths (with full attention: one length).
+Answers are written freely, token by token.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from tqdm import tqdm
 
 from experiments.data import check_ids
 from experiments.data.passkey import Passkey
-from fam_jax import Decoder, StreamState
+from experiments.data.questions import QuestionTask
+from fam_jax import Decoder, StreamState, generate
 
 # Keeps the samples of evaluation apart from those of training, whatever the seeds.
 _EVALUATION = 0x6576616C
@@ -166,6 +168,66 @@ def passkey_accuracy(
         "accuracy": [right / trials for right in correct],
         "correct": correct,
         "trials": [trials] * len(correct),
+    }
+
+
+def answer_accuracy(
+    model: Decoder, variables: Any, task: QuestionTask, *, batch_size: int = 100, progress: bool = True
+) -> dict[str, Any]:
+    """Share of the test questions that the model answers right, by level.
+
+    It writes freely: the most likely token each time, up to the end token. Only the answer that its text comes to
+    counts, not the way there; a malformed text is wrong.
+
+    Args:
+        model: The decoder.
+        variables: Its parameters.
+        task: Makes and marks the questions.
+        batch_size: Questions answered side by side.
+        progress: Show a progress bar.
+
+    Returns:
+        A curve for a result of kind "answers": `level`, `accuracy`, `correct` and `trials` per level.
+
+    Raises:
+        ValueError: a size is impossible, or the model's vocabulary is too small.
+    """
+    check_positive(batch_size=batch_size)
+    if model.config.vocab_size < task.tokenizer.vocab_size:
+        raise ValueError(
+            f"the model's vocab_size={model.config.vocab_size} is too small for the {task.tokenizer.name} task, which "
+            f"has {task.tokenizer.vocab_size} ids; evaluate a model that was trained on it"
+        )
+    questions = task.questions("test")
+    width, new = int(questions.prompt.max()), questions.longest_answer
+    right = np.zeros(len(questions), bool)
+    with _bar(len(questions), "question", progress) as bar:
+        for start in range(0, len(questions), batch_size):
+            # The last batch is filled up, so that one program serves all.
+            rows = np.arange(start, start + batch_size) % len(questions)
+            asked = questions[rows]
+            out = generate(
+                model,
+                variables,
+                asked.ids[:, :width],
+                new,
+                lengths=asked.prompt,
+                state=model.init_state(batch_size, width + new if model.config.memory is None else None),
+                stop_tokens=(task.tokenizer.separator,),
+            )
+            written, lengths = np.asarray(out.ids), np.asarray(out.lengths)
+            for row in range(min(batch_size, len(questions) - start)):
+                truth = task.answer(asked.ids[row, asked.prompt[row] : asked.ends[row]])
+                right[rows[row]] = task.answer(written[row, : lengths[row]]) == truth
+                bar.update()
+    levels = np.unique(questions.level)
+    correct = [int(right[questions.level == level].sum()) for level in levels]
+    trials = [int((questions.level == level).sum()) for level in levels]
+    return {
+        "level": levels.tolist(),
+        "accuracy": [hits / of for hits, of in zip(correct, trials, strict=True)],
+        "correct": correct,
+        "trials": trials,
     }
 
 

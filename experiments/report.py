@@ -59,6 +59,10 @@ KINDS = {
         None,
         3,
     ),
+    "answers": Kind(
+        "level", "accuracy", "operands, or steps of the reasoning", "answers right", False, (-0.03, 1.03), 3
+    ),
+    "answers-by-step": Kind("step", "accuracy", "training step", "answers right", False, (-0.03, 1.03), 3),
     "training": Kind("step", "loss", "training step", "loss in nats per token", False, None, 3),
 }
 

@@ -29,6 +29,7 @@ from experiments.checkpoint import CheckpointError, Checkpoints
 from experiments.config import TrainConfig, check, to_json
 from experiments.data import Batches, DataError, TextData, load, manifest
 from experiments.data.passkey import PasskeyBatches
+from experiments.data.questions import QuestionBatches, QuestionData
 from experiments.metrics import MetricsLog, Throughput
 from experiments.optim import make_optimizer
 from experiments.process import BusyError, only_process, set_aside, stop_signals
@@ -273,7 +274,9 @@ def _due(step: int, every: int) -> bool:
 
 
 def load_data(data: Any, split: str) -> Batches:
-    """Endless batches of a split of any data config; synthetic tasks have no other split than "train"."""
+    """Endless batches of a split of any data config; PassKey has no other split than "train"."""
+    if isinstance(data, QuestionData):
+        return QuestionBatches(data, split)
     return load(data, split) if isinstance(data, TextData) else PasskeyBatches(data)
 
 
