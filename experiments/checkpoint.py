@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from experiments.config import MAY_CHANGE, TrainConfig, differences, from_json, to_json
+from experiments.config import MAY_CHANGE, TrainConfig
+from experiments.typed import differences, from_json, to_json
 from fam_jax import Decoder
 
 FORMAT = 1
@@ -218,7 +219,7 @@ def load_model(path: Path | str, step: int | None = None) -> tuple[Decoder, dict
 
 
 def _steps(directory: Path) -> list[int]:
-    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal() and path.is_dir())
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -329,7 +330,7 @@ def _verify(folder: Path, item: str = "") -> dict[str, Any]:
             if name.startswith(item) and found.get(name) != written:
                 now = f"has {found[name][0]} bytes with other content" if name in found else "is missing"
                 raise ValueError(f"{name} of {written[0]} bytes {now}")
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise DamagedCheckpoint(folder, _first_line(error)) from error
     if content["format"] != FORMAT:
         raise CheckpointError(

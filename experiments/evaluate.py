@@ -18,11 +18,13 @@ import tyro
 
 from experiments import data, report, results
 from experiments.checkpoint import CheckpointError, load_model
-from experiments.config import TrainConfig, to_json
+from experiments.command import run_command
+from experiments.config import TrainConfig
 from experiments.data import TextData
 from experiments.data.passkey import Passkey, PasskeyData
 from experiments.data.questions import QuestionData
 from experiments.measures import answer_accuracy, check_positive, loss_by_position, passkey_accuracy
+from experiments.typed import to_json
 from fam_jax import Decoder
 
 
@@ -42,7 +44,7 @@ class Options:
         max_tokens: For loss-by-position: read at most so many tokens of each document. None: all.
         lengths: For passkey: lengths in blocks. None: the trained ones, and 2, 4 and 14 times the longest.
         trials: For passkey: samples per length.
-        depth: For passkey: where the key stands. None: as in training.
+        depth: For passkey: where the key stands. None: as in training, and uniform if that mixes both.
         zero_memory: For passkey: measure also with the FAM set to zero after every block.
         seed: For passkey: of the samples.
         steps: For answers: the checkpoints of these steps of the run. None: the latest only.
@@ -76,6 +78,10 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
         CheckpointError: see `load_model`.
     """
     start = time.perf_counter()
+    # What is measured for minutes must have a place to go to.
+    if options.name is not None:
+        results.check_name(options.name)
+    options.output.mkdir(parents=True, exist_ok=True)
     model, variables, config = load_model(options.checkpoint)
     fits, trained_on = _fits(config)
     task: str = options.task or fits
@@ -112,7 +118,7 @@ def main() -> int:
     options = tyro.cli(Options, prog="python -m experiments.evaluate", description=Options.__doc__)
     try:
         result, file, figure = run(options)
-    except (ValueError, CheckpointError) as error:
+    except (ValueError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(report.table(result))
@@ -160,8 +166,8 @@ def _passkey(options: Options, model: Decoder, variables: Any, config: TrainConf
     """Values, data manifest and seeds of the PassKey result of a checkpoint."""
     settings = config.data
     assert isinstance(settings, PasskeyData)
-    if options.depth is not None:
-        settings = dataclasses.replace(settings, depth=options.depth)
+    trained = "uniform" if settings.depth == "mixed" else settings.depth
+    settings = dataclasses.replace(settings, depth=options.depth or trained)
     longest = settings.blocks[-1]
     lengths = options.lengths or (*settings.blocks, *(longest * times for times in (2, 4, 14)))
     curves = []
@@ -205,4 +211,4 @@ def _documents(options: Options, model: Decoder, variables: Any, config: TrainCo
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -23,6 +23,7 @@ from jax import Array
 from tqdm import tqdm
 
 from experiments.checkpoint import CheckpointError, load_model
+from experiments.command import run_command
 from experiments.config import TrainConfig
 from experiments.data import DataError, check_ids, load_tokenizer
 from experiments.data.passkey import PasskeyData, PasskeyTokenizer
@@ -132,7 +133,8 @@ def continue_text(
     for piece in pieces:
         held = np.concatenate([held, piece])
         if state is None:
-            state = model.init_state(1, len(held) + max_new_tokens if memory is None else None)
+            # The last piece is padded to `size`, for which a cache must have room too.
+            state = model.init_state(1, max(size, len(held) + max_new_tokens) if memory is None else None)
         # The last tokens stay behind: what follows them is what is asked for.
         full = max(len(held) - 1, 0) // size * size
         for start in range(0, full, size):
@@ -231,7 +233,7 @@ def main() -> int:
     options = tyro.cli(Options, prog="python -m experiments.generate", description=Options.__doc__)
     try:
         answer = run(options)
-    except (ValueError, CheckpointError) as error:
+    except (ValueError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(answer.text)
@@ -253,6 +255,8 @@ def _check(options: Options) -> None:
     if (options.prompt is None) == (options.prompt_file is None):
         raise ValueError("give either --prompt TEXT or --prompt-file FILE")
     check_positive(max_new_tokens=options.max_new_tokens, top_k=options.top_k, chunk=options.chunk)
+    if not 0 <= options.seed < 2**63:
+        raise ValueError(f"seed={options.seed} is not allowed; it must be at least 0 and below 2**63")
     if not 0 <= options.temperature < float("inf"):
         raise ValueError(f"temperature={options.temperature} is not allowed; it must be at least 0")
     if options.top_p is not None and not 0 < options.top_p <= 1:
@@ -274,4 +278,4 @@ def _advance(model: Decoder, variables: Any, state: StreamState, tokens: Array) 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from experiments.typed import check_types
+
 # Every parameter of the decoder is named in exactly one of these two, so that a new one cannot be forgotten.
 DECAYED = frozenset({"wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"})
 UNDECAYED = frozenset({"embed", "unembed", "fam_prompt", "attn_norm", "ff_norm", "final_norm"})
@@ -50,10 +52,8 @@ class OptimConfig:
     clip_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
-        _require(self, "optimizer", self.optimizer in ("adamw", "adafactor"), "'adamw' or 'adafactor'")
-        schedules = ("constant", "cosine", "linear")
-        _require(self, "schedule", self.schedule in schedules, "'constant', 'cosine' or 'linear'")
-        _require(self, "learning_rate", 0 < self.learning_rate < float("inf"), "above 0")
+        check_types(self)
+        _require(self, "learning_rate", self.learning_rate > 0, "above 0")
         _require(self, "warmup_steps", self.warmup_steps >= 0, "at least 0")
         good = self.decay_steps is None or self.decay_steps >= 1
         _require(self, "decay_steps", good, "at least 1, or None")

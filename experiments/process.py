@@ -40,6 +40,7 @@ def set_aside(directory: Path) -> Path:
     Raises:
         BusyError: A process is training in it.
     """
+    directory = directory.resolve()
     with only_process(directory):
         names = (directory.with_name(f"{directory.name}.old-{number}") for number in itertools.count(1))
         return directory.rename(next(name for name in names if not name.exists()))

@@ -13,6 +13,7 @@ Started again, it goes on where it was stopped. What it prints is what it measur
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -24,11 +25,14 @@ import tyro
 
 from experiments import configs, data, report, results
 from experiments.checkpoint import CheckpointError
-from experiments.config import TrainConfig, to_json
+from experiments.command import run_command
+from experiments.config import TrainConfig
 from experiments.data.passkey import Passkey, PasskeyData
 from experiments.generate import continue_text
 from experiments.measures import loss_by_position, passkey_accuracy
-from experiments.train import TrainResult, train
+from experiments.process import BusyError
+from experiments.train import NonFiniteError, TrainResult, train
+from experiments.typed import to_json
 
 PROMPT_TOKENS = 4096  # of the file that the language model continues
 READ_TOKENS = 65_536  # of each validation document
@@ -41,10 +45,12 @@ class Options:
     Attributes:
         work_dir: Where checkpoints, figures and result files go. None: runs/quickstart.
         smoke: A few steps of everything, to see that it works; the numbers mean nothing.
+        fresh: Start anew; earlier runs are moved aside, not deleted.
     """
 
     work_dir: Path | None = None
     smoke: bool = False
+    fresh: bool = False
 
     @property
     def directory(self) -> Path:
@@ -63,7 +69,7 @@ class Part:
 def parts(options: Options) -> dict[str, Part]:
     """The three models, by the label that tables give them."""
     fam, bswa, text = (configs.get(name) for name in ("passkey", "passkey_bswa", "lm"))
-    blocks: tuple[int, ...] = (3,) if options.smoke else (3, 6, 12)
+    blocks: tuple[int, ...] = (4,) if options.smoke else (4, 6, 12)
     steps = 4 if options.smoke else 600
 
     def passkey(config: TrainConfig) -> TrainConfig:
@@ -86,23 +92,33 @@ def _settle(options: Options, config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, optim=optim, work_dir=str(options.directory / config.name))
 
 
-def limited(part: Part) -> TrainResult:
-    """Trains until the steps or the seconds are over, and says so if it is the seconds."""
+class Stopped(Exception):
+    """A signal asked training to stop; its name is the argument."""
+
+
+def limited(part: Part, fresh: bool) -> TrainResult:
+    """Trains until the steps or the seconds are over, and says so if it is the seconds.
+
+    Raises:
+        Stopped: A signal came. What was trained is saved.
+    """
     start = time.monotonic()
 
     def too_long(step: int, metrics: Any, state: Any) -> bool:
         return time.monotonic() - start > part.seconds
 
-    result = train(part.config, callback=too_long)
+    result = train(part.config, callback=too_long, fresh=fresh)
     if result.stopped == "callback":
         print(f"{part.config.name}: time is up after {result.step:,} of {part.config.steps:,} steps")
+    elif result.stopped:
+        raise Stopped(result.stopped)
     return result
 
 
 def measure_passkey(options: Options, models: dict[str, Part]) -> results.Result:
     """Trains both PassKey models and measures them by length."""
     start = time.perf_counter()
-    trained = {label: limited(part) for label, part in models.items()}
+    trained = {label: limited(part, options.fresh) for label, part in models.items()}
     settings = trained["FAM"].config.data
     assert isinstance(settings, PasskeyData)
     longest = settings.blocks[-1]
@@ -136,7 +152,7 @@ def measure_text(options: Options, label: str, part: Part) -> tuple[results.Resu
     start = time.perf_counter()
     settings = part.config.data
     assert isinstance(settings, data.TextData)
-    result = limited(part)
+    result = limited(part, options.fresh)
     found = data.documents(settings, "validation")
     size = 2048 if options.smoke else READ_TOKENS
     chosen = [found[index] for index in range(min(len(found), 2 if options.smoke else 8))]
@@ -202,6 +218,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> str:
     """Does it all. Returns the table.
 
     Raises:
+        Stopped: a signal came.
         DataError, CheckpointError, ValueError: as in `experiments.train.train`.
     """
     start = time.monotonic()
@@ -232,11 +249,14 @@ def main() -> int:
     options = tyro.cli(Options, prog="python -m experiments.quickstart", description=__doc__)
     try:
         run(options)
-    except (ValueError, CheckpointError) as error:
+    except Stopped as stopped:
+        print("to continue, give the same command again")
+        return 128 + getattr(signal, stopped.args[0])
+    except (ValueError, CheckpointError, NonFiniteError, BusyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -20,6 +20,7 @@ import tyro
 from scipy import stats
 
 from experiments import results
+from experiments.command import run_command
 from experiments.results import Result, ResultError
 
 COLUMNS = 10  # most values of x in a table; a plot shows all
@@ -259,15 +260,15 @@ def main() -> int:
     options = tyro.cli(Options, prog="python -m experiments.report", description=Options.__doc__)
     try:
         text = run(options)
-    except ResultError as error:
+        if options.output is None:
+            print(text)
+        else:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(text, encoding="utf-8")
+            print(f"wrote {options.output}")
+    except (ResultError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if options.output is None:
-        print(text)
-    else:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text, encoding="utf-8")
-        print(f"wrote {options.output}")
     return 0
 
 
@@ -296,4 +297,4 @@ def _cell(value: tuple[float, float] | None, decimals: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -125,10 +125,7 @@ def make(
     Raises:
         ResultError: `name` is no file name, or something in config, values or data has no JSON form.
     """
-    if not name or not all(c.isalnum() or c in "._-" for c in name) or name.startswith("."):
-        raise ResultError(
-            f"name={name!r} cannot name a result file; use letters, digits, '.', '_' and '-', no '.' first"
-        )
+    check_name(name)
     return Result(
         kind=kind,
         name=name,
@@ -143,6 +140,14 @@ def make(
         versions=versions(),
         time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
+
+
+def check_name(name: str) -> None:
+    """Raises ResultError unless a result of this name can have a file."""
+    if not name or not all(c.isalnum() or c in "._-" for c in name) or name.startswith("."):
+        raise ResultError(
+            f"name={name!r} cannot name a result file; use letters, digits, '.', '_' and '-', no '.' first"
+        )
 
 
 def write(result: Result, path: str | Path | None = None) -> Path:

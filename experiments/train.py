@@ -26,14 +26,16 @@ from tqdm import tqdm
 
 from experiments import configs, results
 from experiments.checkpoint import CheckpointError, Checkpoints
-from experiments.config import TrainConfig, check, to_json
-from experiments.data import Batches, DataError, TextData, load, manifest
+from experiments.command import run_command
+from experiments.config import TrainConfig, check
+from experiments.data import Batches, TextData, load, manifest
 from experiments.data.passkey import PasskeyBatches
 from experiments.data.questions import QuestionBatches, QuestionData
 from experiments.metrics import MetricsLog, Throughput
 from experiments.optim import make_optimizer
 from experiments.process import BusyError, only_process, set_aside, stop_signals
 from experiments.step import TrainState, create_state, make_eval_step, make_train_step, means
+from experiments.typed import to_json
 from fam_jax import Decoder
 
 Callback = Callable[[int, dict[str, float], TrainState], bool | None]
@@ -324,7 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         result = train(config, fresh=known.fresh)
-    except DataError as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (CheckpointError, NonFiniteError, BusyError, OSError) as error:
@@ -355,4 +357,4 @@ def parse_config(name: str, overrides: list[str]) -> TrainConfig:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from fam_jax.config import DecoderConfig
@@ -44,8 +45,14 @@ def check_call(
     Raises:
         ValueError: An argument has a wrong type, shape or value. The message names it and what is needed.
     """
-    if jnp.ndim(tokens) != 2 or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
+    if jnp.dtype(config.dtype) == jnp.float64 and not jax.config.read("jax_enable_x64"):
+        raise ValueError("dtype='float64' needs jax.config.update('jax_enable_x64', True); without, JAX uses float32")
+    if not isinstance(tokens, jax.Array):
+        tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens must be integer ids of shape [batch, time], not {_describe(tokens)}")
+    if _known(tokens):
+        check_ids(tokens, config.vocab_size)
     tokens = jnp.asarray(tokens)
     batch, time = tokens.shape
     full = config.memory is None
@@ -70,11 +77,30 @@ def check_call(
     if aligned and _known(begin) and bool(jnp.any(begin > 0)):
         raise ValueError(f"aligned=True, but rows stand inside a block: state.offset={state.offset}; leave aligned out")
     if full and (time > size or (_known(begin, lengths) and bool(jnp.any(begin + lengths > size)))):
+        after = f" after state.offset={state.offset}" if _known(begin) else ""
         raise ValueError(
-            f"the cache of full attention holds {size} tokens, too few for {time} more after "
-            f"state.offset={state.offset}; begin with a larger state from init_state(batch, max_length=...)"
+            f"the cache of full attention holds {size} tokens, too few for {time} more{after}; begin with a larger "
+            "state from init_state(batch, max_length=...)"
         )
     return Call(tokens, state, lengths.astype(jnp.int32), reset, padded, aligned or starts)
+
+
+def check_ids(ids: Any, vocab_size: int, name: str = "tokens") -> np.ndarray:
+    """Token ids as int32 NumPy array, checked on the host; a device cannot raise on an id outside its table.
+
+    Raises:
+        ValueError: Not integers, or outside 0..vocab_size-1.
+    """
+    array = np.asarray(ids)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name} must be integer ids, not {array.dtype}")
+    if array.size and (array.min() < 0 or array.max() >= vocab_size):
+        bad = array[(array < 0) | (array >= vocab_size)].flat[0]
+        raise ValueError(
+            f"{name} holds the id {bad}, but the vocabulary has {vocab_size} (0 to {vocab_size - 1}); "
+            "use the tokenizer that the model was trained with"
+        )
+    return array.astype(np.int32)
 
 
 def _flags(name: str, value: Any, shape: tuple[int, int], size: int) -> Array:
@@ -94,4 +120,4 @@ def _known(*arrays: Array) -> bool:
 
 
 def _describe(array: Any) -> str:
-    return f"{jnp.result_type(array)}{list(jnp.shape(array))}"
+    return f"{getattr(array, 'dtype', None) or jnp.result_type(array)}{list(jnp.shape(array))}"

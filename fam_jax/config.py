@@ -7,6 +7,8 @@ Configs are frozen and hashable, so they can be static arguments of `jax.jit`. A
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 DTYPES = ("float32", "bfloat16", "float64")
 
 
@@ -18,7 +20,7 @@ def check_choice(owner: str, field: str, value: Any, allowed: tuple[str, ...]) -
 
 def check_int(owner: str, field: str, value: Any, minimum: int) -> None:
     """Raises a ValueError unless `value` is an integer of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < minimum:
         raise ValueError(f"{owner}.{field}={value!r} is not allowed; it must be an integer of at least {minimum}")
 
 
@@ -113,6 +115,13 @@ class MemoryConfig:
                     f"and block_size={self.block_size} it is at most segments * block_size + 1 = "
                     f"{self.segments * self.block_size + 1}; add segments or make the window smaller"
                 )
+        if not self.fam_length:
+            for field, off in (("clip", None), ("noise", 0), ("rsp", 0)):
+                if getattr(self, field) != off:
+                    raise ValueError(
+                        f"MemoryConfig.{field}={getattr(self, field)!r} acts on the FAM, but fam_length=0 has none; "
+                        f"set {field} to {off}, or give the memory a FAM"
+                    )
         if self.positions != "absolute":
             for field, needs in (
                 ("fam_positions", self.fam_positions == "zero"),

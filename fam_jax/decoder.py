@@ -64,7 +64,7 @@ class Decoder(nn.Module):
         key: Array | None = None,
         rsp: RSPState | None = None,
         aligned: bool = False,
-    ) -> DecoderOutput | None:
+    ) -> DecoderOutput:
         """Reads tokens and predicts the one after each.
 
         Args:
@@ -83,7 +83,8 @@ class Decoder(nn.Module):
                 block that ragged offsets may need more. True anyway without a state.
 
         Returns:
-            Logits, the new state, and the FAM to store. None from `init`, which only declares parameters.
+            Logits, the new state, and the FAM to store. During `init`, which only declares parameters, zeros of the
+            same shapes.
 
         Raises:
             ValueError: An argument has a wrong type or shape, or a full-attention cache is too small. Inside
@@ -94,9 +95,10 @@ class Decoder(nn.Module):
         dtype = jnp.dtype(config.dtype)
         params = self._params()
         call = check_call(config, tokens, state, lengths, reset, padded, aligned)
-        if self.is_initializing():  # the parameters are declared; reading the tokens would only cost time
-            return None
         batch, time = call.tokens.shape
+        if self.is_initializing():  # the parameters are declared; reading the tokens would only cost time
+            logits = jnp.zeros((batch, time, config.vocab_size), accumulation_dtype(dtype))
+            return DecoderOutput(logits=logits, state=call.state, rsp=rsp)
         if rsp is not None and not config.fam_length:
             raise ValueError("rsp was given, but this model has no FAM to start from it; leave it out")
 

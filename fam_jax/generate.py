@@ -1,5 +1,6 @@
 """Generation: greedy or sampled, batched, with the streaming state passed in and out."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 from flax import struct
 from jax import Array
 
+from fam_jax.call import check_ids
+from fam_jax.config import check_int
 from fam_jax.decoder import Decoder
 from fam_jax.state import StreamState
 
@@ -28,24 +31,6 @@ class GenerateOutput:
     state: StreamState
 
 
-def check_ids(ids: Any, vocab_size: int, name: str = "tokens") -> np.ndarray:
-    """Token ids as int32 NumPy array, checked on the host; a device cannot raise on an id outside its table.
-
-    Raises:
-        ValueError: Not integers, or outside 0..vocab_size-1.
-    """
-    array = np.asarray(ids)
-    if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name} must be integer ids, not {array.dtype}")
-    if array.size and (array.min() < 0 or array.max() >= vocab_size):
-        bad = array[(array < 0) | (array >= vocab_size)].flat[0]
-        raise ValueError(
-            f"{name} holds the id {bad}, but the vocabulary has {vocab_size} (0 to {vocab_size - 1}); "
-            "use the tokenizer that the model was trained with"
-        )
-    return array.astype(np.int32)
-
-
 def generate(
     model: Decoder,
     variables: Any,
@@ -57,7 +42,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    stop_tokens: tuple[int, ...] = (),
+    stop_tokens: Sequence[int] = (),
     key: Array | None = None,
 ) -> GenerateOutput:
     """Continues each prompt.
@@ -94,17 +79,22 @@ def generate(
         raise ValueError(f"lengths must be {batch} integers, one per row, not {lengths.dtype}{list(lengths.shape)}")
     if lengths.min() < 1 or lengths.max() > time:
         raise ValueError(f"lengths={lengths.tolist()} is not allowed; each row needs 1 to {time} prompt tokens")
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens!r} is not allowed; it must be an integer of at least 1")
+    check_int("generate", "max_new_tokens", max_new_tokens, 1)
+    max_new_tokens = int(max_new_tokens)
     if not np.isfinite(temperature) or temperature < 0:
         raise ValueError(f"temperature={temperature!r} is not allowed; it must be 0 (greedy) or a positive number")
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= vocab):
-        raise ValueError(f"top_k={top_k!r} is not allowed; it must be an integer between 1 and the vocabulary, {vocab}")
+    if top_k is not None:
+        check_int("generate", "top_k", top_k, 1)
+        if top_k > vocab:
+            raise ValueError(f"top_k={top_k} is not allowed; it must be at most the vocabulary, {vocab}")
+        top_k = int(top_k)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p!r} is not allowed; it must be above 0 and at most 1")
     if temperature > 0 and key is None:
         raise ValueError(f"temperature={temperature!r} samples, which needs key=jax.random.key(seed)")
-    stop = check_ids(list(stop_tokens) or np.zeros(0, np.int32), vocab, "stop_tokens")
+    stop = check_ids(stop_tokens if len(np.atleast_1d(stop_tokens)) else np.zeros(0, np.int32), vocab, "stop_tokens")
+    if stop.ndim != 1:
+        raise ValueError(f"stop_tokens={stop_tokens!r} is not allowed; give a sequence of ids")
     state = _check_room(model, state, lengths, max_new_tokens)
 
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(0) if key is None else key))(jnp.arange(batch))
@@ -142,8 +132,9 @@ def _check_room(model: Decoder, state: StreamState | None, lengths: np.ndarray, 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _generate(model, max_new_tokens, greedy, top_k, top_p, variables, prompt, lengths, state, stop, temperature, keys):
-    out = model.apply(variables, prompt, state, lengths=lengths)
-    logits = jnp.take_along_axis(out.logits, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    # All but the last token of each prompt: nobody needs their logits, so that XLA never computes them.
+    state = model.apply(variables, prompt, state, lengths=lengths - 1).state
+    last = jnp.take_along_axis(prompt, (lengths - 1)[:, None], axis=1)[:, 0]
     batch = prompt.shape[0]
 
     def choose(logits, number):
@@ -153,27 +144,28 @@ def _generate(model, max_new_tokens, greedy, top_k, top_p, variables, prompt, le
         return jax.vmap(jax.random.categorical)(step_keys, _filter(logits / temperature, top_k, top_p))
 
     def running(carry):
-        number, _, _, _, _, done = carry
-        return (number < max_new_tokens) & ~jnp.all(done)
+        *_, unread, _ = carry
+        return jnp.any(unread)
 
     def step(carry):
-        number, ids, count, state, logits, done = carry
-        token = choose(logits, number).astype(jnp.int32)
-        ids = jnp.where((jnp.arange(max_new_tokens) >= number) & ~done[:, None], token[:, None], ids)
-        out = model.apply(variables, token[:, None], state, lengths=(~done).astype(jnp.int32))
-        count += ~done
+        number, ids, count, state, token, unread, done = carry
+        out = model.apply(variables, token[:, None], state, lengths=unread.astype(jnp.int32))
+        token = choose(out.logits[:, 0], number).astype(jnp.int32)
+        new = ~done & (number < max_new_tokens)
+        ids = jnp.where((jnp.arange(max_new_tokens) >= number) & new[:, None], token[:, None], ids)
         done |= jnp.any(token[:, None] == stop, axis=1)
-        return number + 1, ids, count, out.state, out.logits[:, 0], done
+        return number + 1, ids, count + new, out.state, token, new, done
 
     carry = (
         0,
         jnp.zeros((batch, max_new_tokens), jnp.int32),
         jnp.zeros((batch,), jnp.int32),
-        out.state,
-        logits,
+        state,
+        last,
+        jnp.ones((batch,), bool),
         jnp.zeros((batch,), bool),
     )
-    _, ids, count, state, _, _ = jax.lax.while_loop(running, step, carry)
+    _, ids, count, state, *_ = jax.lax.while_loop(running, step, carry)
     return GenerateOutput(ids=ids, lengths=count, state=state)
 
 

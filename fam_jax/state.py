@@ -63,8 +63,17 @@ class StreamState:
 
         Args:
             indices: int [rows]; a slice is fine too.
+
+        Raises:
+            ValueError: Indices are not a list of row numbers, or there is no such row.
         """
         index = indices if isinstance(indices, slice) else jnp.asarray(indices)
+        if isinstance(index, jax.Array):
+            rows = len(self.offset)
+            if index.ndim != 1 or not jnp.issubdtype(index.dtype, jnp.integer):
+                raise ValueError(f"indices={indices!r} is not allowed; give a slice or a list of row numbers")
+            if not isinstance(index, jax.core.Tracer) and bool(jnp.any((index < -rows) | (index >= rows))):
+                raise ValueError(f"indices={indices!r} is not allowed; the state has {rows} rows")
         layers = LayerMemory(*(leaf[:, index] for leaf in self.layers))
         return dataclasses.replace(
             self,
@@ -144,6 +153,8 @@ def init_state(config: DecoderConfig, batch: int, max_length: int | None = None)
 
 def check_state(config: DecoderConfig, state: StreamState, batch: int) -> None:
     """Raises a ValueError, naming the field, unless `state` fits the model and the number of rows."""
+    if not isinstance(state, StreamState):
+        raise ValueError(f"state is a {type(state).__name__}; pass the `state` of an earlier call or of init_state")
     capacity = state.open_k.shape[2] if config.memory is None else None
     expected = jax.eval_shape(lambda: init_state(config, batch, capacity))
     for field, want in expected.__dict__.items():

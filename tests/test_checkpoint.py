@@ -26,9 +26,9 @@ from train_helpers import (
 
 from experiments import checkpoint
 from experiments.checkpoint import CheckpointError, Checkpoints, load_model
-from experiments.config import to_json
 from experiments.optim import make_optimizer
 from experiments.step import create_state
+from experiments.typed import to_json
 from fam_jax import Decoder, MemoryConfig
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -225,7 +225,8 @@ _SAVE = """
 import os, pathlib, signal, sys, threading, time
 import numpy as np
 from experiments.checkpoint import Checkpoints
-from experiments.config import TrainConfig, from_json
+from experiments.config import TrainConfig
+from experiments.typed import from_json
 import json, jax
 
 config = from_json(json.loads(sys.argv[1]), TrainConfig)

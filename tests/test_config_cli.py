@@ -13,12 +13,14 @@ from train_helpers import ROOT, tiny
 
 import experiments.train
 from experiments import configs
-from experiments.config import TrainConfig, check, differences, from_json, to_json
-from experiments.data import TextData
+from experiments.config import TrainConfig, check
+from experiments.data.arithmetic import ArithmeticData
 from experiments.data.passkey import PasskeyData
+from experiments.data.prosqa import ProsqaData
 from experiments.optim import OptimConfig, make_optimizer
 from experiments.step import create_state, make_train_step
 from experiments.train import main, parse_config
+from experiments.typed import differences, from_json, to_json
 from fam_jax import Decoder, MemoryConfig
 
 
@@ -34,7 +36,7 @@ def test_named_configs(name, tmp_path):
     model, (optimizer, schedule) = Decoder(config.model), make_optimizer(config.optim, config.steps)
     state = jax.eval_shape(lambda: create_state(config, model, optimizer))
     data, ids = config.data, np.int32
-    length = data.length if isinstance(data, TextData) else data.blocks[0] * data.block_size
+    length = data.blocks[0] * data.block_size if isinstance(data, PasskeyData) else data.length
     shapes = {"tokens": (length, ids), "targets": (length, ids), "weights": (length, np.float32)}
     if config.stream:
         shapes |= {flag: (length // data.block_size, np.bool_) for flag in ("reset", "padded")}
@@ -47,7 +49,8 @@ def test_named_configs(name, tmp_path):
 def test_json_round_trip(tmp_path):
     passkey = dataclasses.replace(tiny(tmp_path), data=PasskeyData(blocks=(5, 9)))
     full = dataclasses.replace(passkey, model=dataclasses.replace(passkey.model, memory=None))
-    for config in (tiny(tmp_path), passkey, full):
+    tasks = [dataclasses.replace(full, data=data) for data in (ArithmeticData(operands=(4, 5)), ProsqaData(steps=(3,)))]
+    for config in (tiny(tmp_path), passkey, full, *tasks):
         text = json.dumps(to_json(config))
         assert from_json(json.loads(text), TrainConfig) == config
     assert to_json(passkey)["data"]["type"] == "PasskeyData"
@@ -112,7 +115,6 @@ def test_differences():
         ({"model": {"memory": None}}, r"full attention .* use data.mode='packed'"),
         ({"data": {"block_size": 16}}, r"data.block_size=16 and model.memory.block_size=8 differ"),
         ({"data": {"mode": "packed", "length": 7}}, r"rows of 7 tokens hold no complete block of 8"),
-        ({"model": {"memory": MemoryConfig(8, rsp=0.5)}}, r"rsp=0.5 passes the FAM on, .* set rsp to 0"),
         ({"optim": {"warmup_steps": 20}}, r"warmup_steps=20 leaves nothing"),
         ({"data": {"tokenizer": "none.model"}}, r"none.model"),
     ],
@@ -123,6 +125,28 @@ def test_parts_must_fit(tmp_path, changes, message):
         config = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **fields)})
     with pytest.raises(ValueError, match=message):
         check(config)
+
+
+@pytest.mark.parametrize("data", [ArithmeticData(), ProsqaData(steps=(2,), classes=4)])
+def test_questions_have_a_validation_split_and_need_their_vocabulary(tmp_path, data):
+    config = dataclasses.replace(tiny(tmp_path, eval_every=5), data=data)
+    check(config)
+    small = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=60))
+    with pytest.raises(
+        ValueError, match=rf"vocab_size=60 is too small for the \w+ task, .* at least {data.vocab_size}"
+    ):
+        check(small)
+    blocks = dataclasses.replace(config.model, memory=MemoryConfig(128, fam_length=2, rsp=0.5))
+    with pytest.raises(ValueError, match=rf"rows of {data.length} tokens hold no complete block of 128 tokens"):
+        check(dataclasses.replace(config, model=blocks))
+
+
+def test_overrides_of_questions():
+    words = "--data.operands 4 5 6 --data.reading modular --data.seed 3"
+    config = parse_config("arithmetic", words.split())
+    assert config.data == dataclasses.replace(
+        configs.get("arithmetic").data, operands=(4, 5, 6), reading="modular", seed=3
+    )
 
 
 def test_passkey_has_no_validation_split(tmp_path):

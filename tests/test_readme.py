@@ -1,7 +1,10 @@
 """The README's example runs as shown, and the commands that it names exist."""
 
 import re
+import shlex
 from pathlib import Path
+
+from experiments.train import parse_config
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 ROOT = Path(__file__).parent.parent
@@ -27,3 +30,16 @@ def test_modules_files_and_pictures_that_it_names_exist():
             path = ROOT / name if "/" in name else ROOT / str(folder) / name
             assert path.exists(), name
             folder = path.parent.relative_to(ROOT) if path.is_file() else folder
+
+
+def test_training_commands_are_understood():
+    commands = re.findall(r"python -m experiments\.train (--config [^`#\n]+)", README)
+    assert commands
+    # Settings that the text gives without a command are for the same configs.
+    extra = [shlex.split(text) for text in re.findall(r"`(--(?:model|data|optim)\.[^`]+)`", README) if " " in text]
+    for command in commands:
+        name, *overrides = shlex.split(command)[1:]
+        if "--help" not in overrides:
+            parse_config(name, overrides)
+    for overrides in extra:
+        parse_config("lm", overrides)

@@ -23,12 +23,13 @@ from train_helpers import (
 
 import experiments.train
 from experiments.checkpoint import CheckpointError, load_model
-from experiments.config import TrainConfig, from_json
+from experiments.config import TrainConfig
 from experiments.metrics import MetricsLog, Throughput, read_metrics
 from experiments.optim import OptimConfig
 from experiments.process import BusyError, only_process
 from experiments.step import make_eval_step, means
 from experiments.train import NonFiniteError, load_data, main, train
+from experiments.typed import from_json
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 

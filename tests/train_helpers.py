@@ -16,11 +16,12 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from experiments.checkpoint import Checkpoints, Restored
-from experiments.config import TrainConfig, to_json
+from experiments.config import TrainConfig
 from experiments.data import TextData
 from experiments.metrics import read_metrics
 from experiments.optim import OptimConfig, make_optimizer
 from experiments.step import create_state
+from experiments.typed import to_json
 from fam_jax import Decoder, DecoderConfig, MemoryConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,7 +109,8 @@ def environment() -> dict[str, str]:
 
 _PROCESS = """
 import json, os, signal, sys
-from experiments.config import TrainConfig, from_json
+from experiments.config import TrainConfig
+from experiments.typed import from_json
 from experiments.train import train
 
 def kill(step, metrics, state):

@@ -2,6 +2,11 @@
 
 python -m experiments.train --config arithmetic --seed 0 --data.seed 0
 python -m experiments.evaluate --checkpoint runs/arithmetic --batch-size 250
+
+The paper's plain model answers 41.3 % right (with LIMe 71.6 %); number range and batch size are not given there. Not yet
+run to its end. On one busy CPU core 100 steps take 35 s, so all of them are for a GPU; with `--data.operands 3
+--data.samples 20000 --data.reading modular --optim.learning-rate 3e-3 --steps 2000` it gets 94.6 % of three-number
+expressions right in 2.5 minutes.
 """
 
 from experiments.config import TrainConfig
@@ -12,7 +17,7 @@ from fam_jax import DecoderConfig
 
 def config() -> TrainConfig:
     """The paper's model: four layers of width 32 with four heads; 200 epochs of 50,000 expressions."""
-    data = ArithmeticData(operands=(6,), reading="integers", samples=50_000, batch_size=256)
+    data = ArithmeticData(operands=(6,), reading="integers", samples=50_000, batch_size=64)
     return TrainConfig(
         name="arithmetic",
         model=DecoderConfig(
@@ -29,7 +34,7 @@ def config() -> TrainConfig:
         optim=OptimConfig(learning_rate=1e-3, schedule="linear", final_scale=0.0),
         steps=200 * data.samples // data.batch_size,
         eval_every=1000,
-        eval_steps=4,
+        eval_steps=15,
         checkpoint_every=2000,
         log_every=100,
     )

@@ -14,5 +14,5 @@ def config() -> TrainConfig:
     """`passkey` with the block before the current one in sight instead of a FAM."""
     base = passkey.config()
     assert base.model.memory is not None
-    memory = dataclasses.replace(base.model.memory, fam_length=0, segments=1, noise=0.0)
+    memory = dataclasses.replace(base.model.memory, fam_length=0, segments=1, clip=None, noise=0.0)
     return dataclasses.replace(base, name="passkey_bswa", model=dataclasses.replace(base.model, memory=memory))

@@ -6,6 +6,8 @@ import dataclasses
 import os
 from pathlib import Path
 
+from experiments.typed import check_types
+
 PG19_URL = "https://storage.googleapis.com"
 
 
@@ -51,6 +53,7 @@ class TextData:
     pg19_url: str = PG19_URL
 
     def __post_init__(self) -> None:
+        check_types(self)
         kind, _, argument = self.source.partition(":")
         known = (kind in ("text", "tfds") and argument) or self.source in (
             "python-source",

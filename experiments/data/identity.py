@@ -59,9 +59,10 @@ class Identity:
             raise DataError("this is no position in text data; restore a checkpoint that was saved with the same data")
         for name, value in self.fields().items():
             if saved.get(name) != value:
-                what = "the text or the tokenizer" if name == "content" else name
+                what = f"{name}={saved.get(name)!r}, which is now {value!r}"
+                if name == "content":
+                    what = "another text or tokenizer"
                 raise DataError(
-                    f"the data position was saved with another value of {what} ({saved.get(name)!r}, now "
-                    f"{value!r}): use the settings and the text of that run, or start anew without its data "
-                    "position"
+                    f"the data position was saved with {what}: go back to the settings and the text of that run, or "
+                    "start anew, with --fresh or another --work-dir"
                 )

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from experiments.data.protocol import Batch, DataError
+from experiments.typed import check_types
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -84,6 +85,7 @@ class PasskeyData:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("block_size", "digits", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")

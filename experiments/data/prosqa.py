@@ -4,7 +4,7 @@
     Is Ada a zampus or gompus ? Ada is a rilpus . Every rilpus is a gompus . Ada is a gompus . <eos>
 
 Two people stand at the top of a random graph without circles. Class after class is hung below it: into one person's
-branch, into the other's, or anywhere, so that many classes lie below both. One option is a class below the first person
+branch, into the other's, or anywhere, so that some classes lie below both. One option is a class below the first person
 only, the other a class below the second only, both equally many steps down. Then it is drawn which of the two is asked
 about, which option is named first, what everybody and everything is called, and the order of the facts.
 

@@ -1,0 +1,63 @@
+"""What command lines share: interruption, and settings of the wrong type."""
+
+import dataclasses
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments import configs
+from experiments.data import TextData
+from experiments.data.passkey import PasskeyData
+from experiments.optim import OptimConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize(
+    ("make", "field", "value"),
+    [
+        (TextData, "batch_size", 8.5),
+        (TextData, "batch_size", "8"),
+        (TextData, "source", None),
+        (TextData, "repeat_weight", math.inf),
+        (OptimConfig, "weight_decay", math.inf),
+        (OptimConfig, "learning_rate", "x"),
+        (OptimConfig, "optimizer", "sgd"),
+        (PasskeyData, "blocks", [5, 6]),
+        (PasskeyData, "blocks", (5.0, 6)),
+    ],
+)
+def test_a_setting_of_the_wrong_type(make, field, value):
+    with pytest.raises(ValueError, match=rf"{make.__name__}\.{field}=.* is not allowed; it must be"):
+        make(**{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [("steps", 2.5), ("steps", "2"), ("model", None), ("seed", 2**63)])
+def test_a_run_setting_of_the_wrong_type(field, value):
+    with pytest.raises(ValueError, match=rf"TrainConfig\.{field}=.* is not allowed; it must be"):
+        dataclasses.replace(configs.get("lm"), **{field: value})
+
+
+def test_an_integer_is_a_number():
+    assert OptimConfig(learning_rate=1).learning_rate == 1
+
+
+@pytest.mark.parametrize("command", ["train --config passkey", "quickstart --smoke"])
+def test_interrupted_before_training_begins(command, tmp_path):
+    """One line, no traceback, and the exit status that a shell gives to an interrupt."""
+    words = [sys.executable, "-m", *f"experiments.{command}".split(), "--work-dir", str(tmp_path / "run")]
+    env = dict(os.environ, PYTHONPATH=str(ROOT))
+    process = subprocess.Popen(words, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "run").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=100)
+    assert "Traceback" not in errors
+    assert process.returncode == 130, errors
