@@ -1,5 +1,6 @@
 """Measures of a model against plain loops over single calls, and the command that makes result files."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,8 +13,12 @@ import pytest
 import tiny_run
 
 from experiments import evaluate, measures, results
+from experiments.data.arithmetic import ArithmeticData
 from experiments.data.passkey import Passkey, PasskeyData
-from experiments.measures import loss_by_position, passkey_accuracy
+from experiments.data.prosqa import ProsqaData
+from experiments.measures import answer_accuracy, loss_by_position, passkey_accuracy
+from experiments.train import train
+from fam_jax import GenerateOutput, generate
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORIES = {"fam": tiny_run.FAM, "bswa": tiny_run.BSWA, "full": None}
@@ -165,6 +170,69 @@ def test_nothing_passes_through_a_zeroed_memory():
     assert np.abs(kept[0] - kept[1]).max() > 1e-6
 
 
+QUESTIONS = {
+    "arithmetic": ArithmeticData(operands=(2, 3), samples=40, test_samples=11),
+    "prosqa": ProsqaData(steps=(2, 3), classes=8, samples=40, test_samples=11),
+}
+
+
+@pytest.mark.parametrize("data", QUESTIONS.values(), ids=QUESTIONS.keys())
+def test_answers_are_read_from_what_the_model_writes(monkeypatch, data):
+    """A model that writes the reference, or what is made of it, in turn."""
+    task = data.task()
+    questions, end = task.questions("test"), task.tokenizer.separator
+    before = task.tokenizer.encode("1 =" if data is QUESTIONS["arithmetic"] else "or or .")
+    writes = [
+        (lambda ids: ids, True),
+        (lambda ids: np.concatenate([before, ids]), True),  # the way to the answer is not marked
+        (lambda ids: np.where(ids == task.answer(ids), task.answer(ids) + 1, ids), False),
+        (lambda ids: ids[:-1], False),  # no end
+        (lambda ids: ids[-1:], False),
+        (lambda ids: np.arange(data.vocab_size), False),
+    ]
+    asked = []
+
+    def write(model, variables, prompt, new, *, lengths, stop_tokens, **_):
+        assert stop_tokens == (end,)
+        ids, counts = np.full((len(prompt), data.vocab_size), end), []
+        for row in range(len(prompt)):
+            place = len(asked) % len(questions)
+            reference = questions.ids[place, : questions.ends[place]]
+            start = questions.prompt[place]
+            np.testing.assert_array_equal(prompt[row, : lengths[row]], reference[:start])
+            text = writes[place % len(writes)][0](reference[start:])
+            assert len(reference) - start <= new
+            ids[row, : len(text)] = text
+            counts.append(len(text))
+            asked.append(place)
+        return GenerateOutput(ids=ids, lengths=np.array(counts), state=None)
+
+    monkeypatch.setattr(measures, "generate", write)
+    model, variables = tiny_run.init(tiny_run.model_config(None, data.vocab_size))
+    curve = answer_accuracy(model, variables, task, batch_size=4, progress=False)
+    assert asked == [*range(22), 0, 1]  # the last batch is filled up
+    right = [writes[place % len(writes)][1] for place in range(22)]
+    correct = [sum(right[:11]), sum(right[11:])]
+    accuracy = [count / 11 for count in correct]
+    assert curve == {"level": [2, 3], "accuracy": accuracy, "correct": correct, "trials": [11, 11]}
+
+
+def test_answers_are_those_of_single_calls(monkeypatch):
+    config = tiny_run.arithmetic_config()
+    task = config.data.task()
+    questions, read = task.questions("test"), []
+    monkeypatch.setattr(task, "answer", lambda ids: read.append(ids.tolist()))
+    model, variables = tiny_run.init(config.model)
+    answer_accuracy(model, variables, task, batch_size=9, progress=False)
+    written = read[1::2]  # after each reference
+    assert len(written) == len(questions)
+    end, new = task.tokenizer.separator, questions.longest_answer
+    for row in range(0, len(questions), 4):
+        prompt, length = questions.ids[row : row + 1, :10], questions.prompt[row : row + 1]
+        out = generate(model, variables, prompt, new, lengths=length, stop_tokens=(end,))
+        assert written[row] == np.asarray(out.ids)[0, : int(out.lengths[0])].tolist()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -175,6 +243,7 @@ def test_nothing_passes_through_a_zeroed_memory():
         (lambda m, v: passkey_accuracy(m, v, TASK, []), r"lengths=\[\]"),
         (lambda m, v: passkey_accuracy(m, v, TASK, [9, 2]), "must be at least"),
         (lambda m, v: passkey_accuracy(m, v, TASK, [9], trials=0), "trials=0"),
+        (lambda m, v: answer_accuracy(m, v, QUESTIONS["prosqa"].task(), batch_size=0), "batch_size=0"),
     ],
 )
 def test_bad_arguments_are_named(call, message):
@@ -187,6 +256,8 @@ def test_passkey_needs_the_vocabulary_and_a_memory_to_zero():
     model, variables = tiny_run.init(tiny_run.model_config(vocab_size=12))
     with pytest.raises(ValueError, match="vocab_size=12 is too small for PassKey"):
         passkey_accuracy(model, variables, TASK, [9])
+    with pytest.raises(ValueError, match="vocab_size=12 is too small for the prosqa task, which has 68"):
+        answer_accuracy(model, variables, QUESTIONS["prosqa"].task())
     model, variables = digit_model(tiny_run.BSWA)
     with pytest.raises(ValueError, match="this model has no FAM"):
         passkey_accuracy(model, variables, TASK, [9], zero_memory=True)
@@ -248,12 +319,44 @@ def test_command_measures_loss_by_position_of_text(tmp_path, monkeypatch):
     assert 4 < curve["loss"][0] < 8  # an untrained model, about log(256)
 
 
+def test_command_measures_answers_of_a_run_and_of_several_of_its_checkpoints(tmp_path, monkeypatch, capsys):
+    changes = {"steps": 2, "checkpoint_every": 1, "eval_every": 1, "eval_steps": 2, "work_dir": str(tmp_path / "run")}
+    config = dataclasses.replace(tiny_run.arithmetic_config(), **changes)
+    done = train(config, progress=False)
+    assert set(done.validation) == {"loss", "accuracy"}
+    arguments = ["--checkpoint", tmp_path / "run", "--output", tmp_path, "--batch-size", 9]
+    assert command(monkeypatch, *arguments) == 0
+    assert command(monkeypatch, *arguments, "--steps", 1, 2) == 0
+    printed = capsys.readouterr().out
+    assert "operands, or steps of the reasoning" in printed
+    assert "tiny-arithmetic, level 3" in printed
+    one, many = (results.read(tmp_path / f"tiny-arithmetic-{kind}.json") for kind in ("answers", "answers-by-step"))
+    assert (one.kind, many.kind) == ("answers", "answers-by-step")
+    assert one.seeds == many.seeds == [3]
+    (curve,) = one.values["curves"]
+    assert curve["level"] == [2, 3]
+    assert curve["trials"] == [11, 11]
+    for place, by_step in enumerate(many.values["curves"]):
+        assert by_step["step"] == [1, 2]
+        assert by_step["correct"][1] == curve["correct"][place]
+        assert by_step["trials"] == [11, 11]
+    assert (tmp_path / "tiny-arithmetic-answers-by-step.png").read_bytes().startswith(b"\x89PNG")
+    assert command(monkeypatch, *arguments, "--steps", 5) == 2
+    assert "no checkpoint of step 5" in capsys.readouterr().err
+    single = ["--checkpoint", tmp_path / "run" / "checkpoints" / "1", "--output", tmp_path, "--steps", 1]
+    assert command(monkeypatch, *single) == 2
+    assert "give the folder of the run" in capsys.readouterr().err
+
+
 def test_command_refuses_what_does_not_fit(tmp_path, monkeypatch, capsys):
     run = tiny_run.save(tiny_run.passkey_config(), tmp_path / "run")
     text = tiny_run.save(tiny_run.text_config(source="text:nowhere/*"), tmp_path / "text")
+    questions = tiny_run.save(tiny_run.arithmetic_config(), tmp_path / "questions")
     for arguments, message in (
         (["--checkpoint", run, "--task", "loss-by-position"], "was trained on PassKey"),
         (["--checkpoint", text, "--task", "passkey"], "was trained on text"),
+        (["--checkpoint", questions, "--task", "passkey"], "was trained on questions; use task=answers"),
+        (["--checkpoint", text, "--task", "answers"], "was trained on text; use task=loss-by-position"),
         (["--checkpoint", text], "no file matches"),
         (["--checkpoint", run, "--trials", "0"], "trials=0"),
         (["--checkpoint", tmp_path / "none"], "no checkpoint in"),

@@ -71,10 +71,11 @@ def test_a_streamed_prompt_is_continued_like_one_call(memory):
         assert int(answer.state.blocks[0]) == (61 + 6) // 8
 
 
+@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES.keys())
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 32, 33])
-def test_every_prompt_length_leaves_something_to_ask(length):
-    """One program answers them all: the prompt's end is padded to the chunk."""
-    model, variables = tiny_run.init(tiny_run.model_config())
+def test_every_prompt_length_leaves_something_to_ask(length, memory):
+    """One program answers them all: the prompt's end is padded to the chunk, which may be more than the whole text."""
+    model, variables = tiny_run.init(tiny_run.model_config(memory))
     answer = command.continue_text(model, variables, BYTES, ["x" * length], 6, chunk=16)
     assert answer.prompt_tokens == length
     read = int(answer.state.blocks[0]) * 8 + int(answer.state.offset[0])

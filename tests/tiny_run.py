@@ -10,6 +10,7 @@ import numpy as np
 from experiments.checkpoint import Checkpoints
 from experiments.config import TrainConfig
 from experiments.data import TextData
+from experiments.data.arithmetic import ArithmeticData
 from experiments.data.passkey import PasskeyData, PasskeyTokenizer
 from fam_jax import Decoder, DecoderConfig, MemoryConfig
 
@@ -51,6 +52,12 @@ def passkey_config(memory: MemoryConfig | None = FAM) -> TrainConfig:
     data = PasskeyData(block_size=8, blocks=(9, 10), digits=1)
     model = model_config(memory, PasskeyTokenizer().vocab_size)
     return TrainConfig(name="tiny-passkey", model=model, data=data, steps=1, seed=3)
+
+
+def arithmetic_config() -> TrainConfig:
+    data = ArithmeticData(operands=(2, 3), reading="modular", samples=60, test_samples=11, batch_size=4)
+    model = model_config(None, data.vocab_size)
+    return TrainConfig(name="tiny-arithmetic", model=model, data=data, steps=1, seed=3)
 
 
 def save(config: TrainConfig, directory: Path) -> Path:
