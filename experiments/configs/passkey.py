@@ -31,7 +31,7 @@ def config() -> TrainConfig:
         optim=OptimConfig(
             learning_rate=3e-3, warmup_steps=100, final_scale=0.02, b2=0.98, weight_decay=0.01, clip_norm=1.0
         ),
-        steps=5000,
+        steps=4000,
         eval_every=0,
         checkpoint_every=500,
     )
