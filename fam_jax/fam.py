@@ -30,11 +30,13 @@ class FamInputs(NamedTuple):
         prompt: The learned prompt as it arrives at this layer: [f, d].
         stored: The stored FAM of Random State Passing at this layer: [f, d]; None if the caller has none.
         noise_key: Key of this layer's FAM noise; None for no noise.
+        noise: Size of the noise, relative to the FAM.
     """
 
     prompt: Array
     stored: Array | None
     noise_key: Array | None
+    noise: Array | None
 
 
 def key_positions(memory: MemoryConfig, position: Array | None, fresh: Array) -> Array:
@@ -119,7 +121,7 @@ def _rms(fam: Array) -> Array:
     return jnp.sqrt(jnp.maximum(square, jnp.finfo(wide.dtype).tiny))
 
 
-def add_noise(fam: Array, size: float, key: Array) -> Array:
+def add_noise(fam: Array, size: Array | float, key: Array) -> Array:
     """FAM noise: adds Gaussian noise of `size` times the root mean square of each row of `fam` [b, f, d]."""
     scale = size * _rms(fam)
     return (fam + scale * jax.random.normal(key, fam.shape, scale.dtype)).astype(fam.dtype)
@@ -162,8 +164,8 @@ def scan_blocks(
 
         def compress(entering):
             new, own = update(config, params, entering, fresh, Source(k, v), position)
-            if inputs.noise_key is not None:
-                new = add_noise(new, memory.noise, jax.random.fold_in(inputs.noise_key, index))
+            if inputs.noise_key is not None and inputs.noise is not None:
+                new = add_noise(new, inputs.noise, jax.random.fold_in(inputs.noise_key, index))
             return new, own
 
         def only_keys(entering):

@@ -25,13 +25,14 @@ def config() -> TrainConfig:
             num_kv_heads=4,
             head_dim=16,
             d_ff=128,
-            memory=MemoryConfig(block_size=16, segments=0, fam_length=8, clip=4.0, noise=0.2),
+            memory=MemoryConfig(block_size=16, segments=0, fam_length=8, clip=4.0, noise=0.4),
         ),
-        data=PasskeyData(block_size=16, blocks=(5, 8, 16, 32), threshold=0.85, depth="mixed", batch_size=32),
+        data=PasskeyData(block_size=16, blocks=(5, 8, 16, 32), threshold=0.75, depth="mixed", batch_size=32),
         optim=OptimConfig(
             learning_rate=3e-3, warmup_steps=100, final_scale=0.02, b2=0.98, weight_decay=0.01, clip_norm=1.0
         ),
-        steps=4000,
+        steps=5000,
+        noise_warmup=3000,
         eval_every=0,
         checkpoint_every=500,
     )

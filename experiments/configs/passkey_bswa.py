@@ -15,4 +15,5 @@ def config() -> TrainConfig:
     base = passkey.config()
     assert base.model.memory is not None
     memory = dataclasses.replace(base.model.memory, fam_length=0, segments=1, clip=None, noise=0.0)
-    return dataclasses.replace(base, name="passkey_bswa", model=dataclasses.replace(base.model, memory=memory))
+    model = dataclasses.replace(base.model, memory=memory)
+    return dataclasses.replace(base, name="passkey_bswa", model=model, noise_warmup=0)
