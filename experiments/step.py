@@ -115,8 +115,10 @@ def make_train_step(
 
     def loss_fn(params: Any, state: TrainState, batch: Mapping[str, Array]) -> tuple[Array, Any]:
         key = jax.random.fold_in(state.key, state.step)
-        grown = jnp.minimum(1.0, state.step / config.noise_warmup) if config.noise_warmup else 1.0
-        out = _apply(model, params, batch, state.stream, key=key, noise_scale=grown, rsp=state.rsp)
+        noise = {}
+        if config.noise_warmup:
+            noise["noise_scale"] = jnp.minimum(1.0, state.step / config.noise_warmup)
+        out = _apply(model, params, batch, state.stream, key=key, rsp=state.rsp, **noise)
         metrics = means(token_sums(out.logits, batch["targets"], batch["weights"]))
         z2 = metrics.pop("z2")
         if config.z_loss:
