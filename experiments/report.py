@@ -64,6 +64,8 @@ KINDS = {
         "level", "accuracy", "operands, or steps of the reasoning", "answers right", False, (-0.03, 1.03), 3
     ),
     "answers-by-step": Kind("step", "accuracy", "training step", "answers right", False, (-0.03, 1.03), 3),
+    "layer-memory": Kind("layers", "states", "layers", "temporary memory per layer, in layer states", False, None, 1),
+    "layer-time": Kind("layers", "ratio", "layers", "step time relative to the first", False, None, 3),
     "training": Kind("step", "loss", "training step", "loss in nats per token", False, None, 3),
 }
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from lime_jax import MixingConfig
+
 DTYPES = ("float32", "bfloat16", "float64")
 
 
@@ -148,9 +150,11 @@ class DecoderConfig:
         head_dim: Width of a head; even, because rotary positions turn pairs.
         d_ff: Hidden width of the gated feed-forward.
         memory: Memory along time; None is full causal attention.
+        mixing: Mixing along depth, a config of `lime_jax`; None is none.
         schedule: "layer" runs all blocks of a layer at once and only the FAM in sequence; "block" runs all
             layers of a block before the next. They compute the same function.
         parallel_block: Attention and feed-forward read one norm and are added together, as in PaLM.
+        qk_norm: RMSNorm on queries and keys, after mixing and before the rotation.
         tie_embeddings: Reuse the embedding as output weights.
         rope_base: Base of the rotary wavelengths.
         norm_eps: Added to the mean square in RMSNorm.
@@ -168,8 +172,10 @@ class DecoderConfig:
     head_dim: int
     d_ff: int
     memory: MemoryConfig | None = None
+    mixing: MixingConfig | None = None
     schedule: str = "layer"
     parallel_block: bool = False
+    qk_norm: bool = False
     tie_embeddings: bool = True
     rope_base: float = 10_000.0
     norm_eps: float = 1e-6
@@ -194,7 +200,9 @@ class DecoderConfig:
         check_choice(name, "schedule", self.schedule, ("layer", "block"))
         check_choice(name, "dtype", self.dtype, DTYPES)
         check_choice(name, "param_dtype", self.param_dtype, DTYPES)
-        for field in ("parallel_block", "tie_embeddings", "remat", "scan_layers"):
+        if self.mixing is not None and not isinstance(self.mixing, MixingConfig):
+            raise ValueError(f"DecoderConfig.mixing={self.mixing!r} is not allowed; give a config of lime_jax, or None")
+        for field in ("parallel_block", "qk_norm", "tie_embeddings", "remat", "scan_layers"):
             check_bool(name, field, getattr(self, field))
         check_real(name, "rope_base", self.rope_base, 1.0)
         check_real(name, "norm_eps", self.norm_eps, 0.0)

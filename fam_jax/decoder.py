@@ -19,6 +19,9 @@ from fam_jax.ops import accumulation_dtype, rms_norm
 from fam_jax.plan import Plan, make_plan
 from fam_jax.state import LayerMemory, RSPState, StreamState
 from fam_jax.sublayers import LayerParams, cast
+from lime_jax import Mixer, make_mixer, run_layers
+from lime_jax.depth import NO_DEPTH
+from lime_jax.mixer import shape_of
 
 
 @struct.dataclass
@@ -44,7 +47,7 @@ class _Layers(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """PaLM-style decoder with full attention, BSWA or FAM.
+    """PaLM-style decoder: full attention, BSWA or FAM along time, and any mixing of layers along depth.
 
     Parameters are stacked over layers, whether layers are scanned or not and in either schedule, so checkpoints
     are interchangeable.
@@ -111,9 +114,12 @@ class Decoder(nn.Module):
             rsp_valid=None if rsp is None else rsp.valid,
         )
         inputs = None
+        mixer = make_mixer(config.mixing, shape_of(config))
+        mixing = params.get("mixing", {})
         layer_params = cast(params["layers"], dtype)
+        layer_params = dataclasses.replace(layer_params, mixing=mixer.effective(mixing.get("layers", {})))
         if config.fam_length:
-            prompts = _climb_all(config, layer_params, params["fam_prompt"].astype(dtype), plan)
+            prompts = _climb_all(config, mixer, layer_params, params["fam_prompt"].astype(dtype), plan)
             stored = None if rsp is None else jax.lax.stop_gradient(rsp.fam).astype(dtype)
             noise_keys = noise = None
             if key is not None and config.memory is not None and config.memory.noise > 0:
@@ -131,7 +137,7 @@ class Decoder(nn.Module):
         x = jnp.take(embed, ids, axis=0).reshape(*layout.source.shape, config.d_model)
         # Windows shorter than a block are at most two: the block schedule's loop, which can skip one.
         run = _layer_schedule if config.schedule == "layer" and plan.slot is None else _block_schedule
-        x, memory, kept = run(config, layers, x, call.state.layers, plan)
+        x, memory, kept = run(config, mixer, layers, mixing.get("final", {}), x, call.state.layers, plan)
 
         x = x.reshape(batch, -1, config.d_model)
         x = x[:, :time] if layout.target is None else jnp.take_along_axis(x, layout.target[:, :time, None], axis=1)
@@ -169,6 +175,9 @@ class Decoder(nn.Module):
         final_scale = nn.initializers.constant(c.d_model**-0.5 if c.tie_embeddings else 1.0)
         params["final_norm"] = self.param("final_norm", final_scale, (c.d_model,), dtype)
         params["layers"] = _LayerStack(c, name="layers")()
+        mixer = make_mixer(c.mixing, shape_of(c))
+        if jax.eval_shape(lambda: mixer.init(jax.random.key(0), dtype)):
+            params["mixing"] = self.param("mixing", mixer.init, dtype)
         return params
 
 
@@ -196,21 +205,32 @@ class _LayerStack(nn.Module):
             wk=matrix("wk", c.d_model, c.d_model, c.num_kv_heads, c.head_dim),
             wv=matrix("wv", c.d_model, c.d_model, c.num_kv_heads, c.head_dim),
             wo=matrix("wo", c.num_heads * c.head_dim, c.num_heads, c.head_dim, c.d_model, scale=out_scale),
+            q_norm=declare("q_norm", ones, c.head_dim) if c.qk_norm else None,
+            k_norm=declare("k_norm", ones, c.head_dim) if c.qk_norm else None,
             ff_norm=None if c.parallel_block else declare("ff_norm", ones, c.d_model),
             w_gate=matrix("w_gate", c.d_model, c.d_model, c.d_ff),
             w_up=matrix("w_up", c.d_model, c.d_model, c.d_ff),
             w_down=matrix("w_down", c.d_ff, c.d_ff, c.d_model, scale=out_scale),
+            mixing={},
         )
 
 
 def _layer_schedule(
-    config: DecoderConfig, layers: _Layers, x: Array, memory: LayerMemory, plan: Plan
+    config: DecoderConfig,
+    mixer: Mixer,
+    layers: _Layers,
+    final: dict[str, Array],
+    x: Array,
+    memory: LayerMemory,
+    plan: Plan,
 ) -> tuple[Array, LayerMemory, Array]:
     """Layer after layer, each over all blocks.
 
     Args:
         config: The decoder's.
+        mixer: The layer mixer.
         layers: Stacked over layers.
+        final: What the mixer needs for the output of the last layer.
         x: Embedded tokens [b, n, w, d].
         memory: Stacked over layers.
         plan: Bookkeeping of the blocks.
@@ -219,25 +239,79 @@ def _layer_schedule(
         Output of the last layer [b, n, w, d], memory, and the FAM to store [l, f, d].
     """
 
-    def body(x, xs):
+    def body(plan, carry, xs, depths):
         one, one_memory = xs
-        x, one_memory, kept = layer(config, one.params, x, one_memory, one.inputs, plan)
-        return x, (one_memory, kept)
+        carry, one_memory, kept, slots = layer(config, mixer, one.params, carry, one_memory, one.inputs, plan, depths)
+        return carry, slots, (one_memory, kept)
 
-    if config.remat:
-        body = jax.checkpoint(body, prevent_cse=not config.scan_layers)
-    x, (memory, kept) = _over_layers(config, body, x, (layers, memory))
-    return x, memory, kept
+    batch, windows = x.shape[:2]
+    rows = {"tokens": x.shape[:3]}
+    if config.fam_length and mixer.mixes_rows:
+        rows["fam"] = (batch, windows, config.fam_length)
+    start = {"tokens": x}
+    carry, banks, (memory, kept) = _through_layers(
+        config, mixer, layers.params.mixing, body, plan, mixer.open(x), (layers, memory), rows, start
+    )
+    return mixer.close(final, carry, banks.get("tokens")), memory, kept
+
+
+def _through_layers(
+    config: DecoderConfig,
+    mixer: Mixer,
+    mixing: Any,
+    body: Callable[..., Any],
+    consts: Any,
+    carry: Any,
+    xs: Any,
+    rows: dict[str, tuple[int, ...]],
+    start: dict[str, Array],
+) -> tuple[Any, Any, Any]:
+    """`run_layers` as the config says, with banks for the rows of the given shapes.
+
+    Args:
+        config: The decoder's.
+        mixer: The layer mixer.
+        mixing: Its parameters, stacked over layers.
+        body: One layer, see `run_layers`.
+        consts: What all layers share.
+        carry: What goes into the first layer.
+        xs: What each layer has of its own.
+        rows: Shapes of the rows, by name of the bank.
+        start: Embedded rows [..., d], by name of the bank.
+    """
+    banks = {}
+    if mixer.per_layer:
+        banks = {name: mixer.bank(shape, config.dtype) for name, shape in rows.items()}
+        if mixer.first:  # the embeddings have a slot of their own
+            banks = {name: bank.at[0].set(start[name]) for name, bank in banks.items()}
+    return run_layers(
+        mixer,
+        body,
+        consts,
+        carry,
+        xs,
+        banks,
+        mixer.columns(mixing) if banks and mixer.backward == "push" else None,
+        scan=config.scan_layers,
+        remat=config.remat,
+        rebuild=tuple({"tokens", "prompt"} & set(rows)) if mixer.from_input else (),
+    )
 
 
 def _block_schedule(
-    config: DecoderConfig, layers: _Layers, x: Array, memory: LayerMemory, plan: Plan
+    config: DecoderConfig,
+    mixer: Mixer,
+    layers: _Layers,
+    final: dict[str, Array],
+    x: Array,
+    memory: LayerMemory,
+    plan: Plan,
 ) -> tuple[Array, LayerMemory, Array]:
     """Block after block, each through all layers. Arguments and results are those of `_layer_schedule`."""
     short = plan.slot is not None
 
     def run(x, memory, plan):
-        return _layer_schedule(config, layers, x, memory, plan)
+        return _layer_schedule(config, mixer, layers, final, x, memory, plan)
 
     def skip(x, memory, plan):
         return x, memory, jnp.zeros((config.num_layers, config.fam_length, config.d_model), x.dtype)
@@ -259,25 +333,17 @@ def _block_schedule(
     return jnp.moveaxis(x[:, :, 0], 0, 1), memory, kept
 
 
-def _over_layers(config: DecoderConfig, body: Callable[..., Any], carry: Any, xs: Any) -> Any:
-    """`jax.lax.scan` of `body` over the leading axis of `xs`, or the same unrolled."""
-    if config.scan_layers:
-        return jax.lax.scan(body, carry, xs)
-    outputs = []
-    for number in range(config.num_layers):
-        carry, out = body(carry, jax.tree.map(lambda leaf, number=number: leaf[number], xs))
-        outputs.append(out)
-    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
-
-
-def _climb_all(config: DecoderConfig, params: LayerParams, prompt: Array, plan: Plan) -> Array:
+def _climb_all(config: DecoderConfig, mixer: Mixer, params: LayerParams, prompt: Array, plan: Plan) -> Array:
     """The learned prompt as it arrives at each layer: [l, f, d] (appendix B.1)."""
 
-    def body(prompt, one):
-        return climb(config, one, prompt), prompt
+    def body(_, carry, one, depths):
+        carry, rows, depth = climb(config, mixer, one, carry, depths.get("prompt", NO_DEPTH))
+        return carry, {"prompt": depth.own}, rows
 
     def compute():
-        return _over_layers(config, body, prompt, params)[1]
+        rows, start = {"prompt": prompt.shape[:1]}, {"prompt": prompt}
+        carry = mixer.open(prompt)
+        return _through_layers(config, mixer, params.mixing, body, None, carry, params, rows, start)[2]
 
     if plan.slot is None:
         return compute()

@@ -11,6 +11,7 @@ additions of ours, off by default, let a memory last: a limit to the size of F[n
 training (`noise`).
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -18,9 +19,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from fam_jax.config import DecoderConfig, MemoryConfig
-from fam_jax.ops import Source, accumulation_dtype, attend, rms_norm, rotate
+from fam_jax.ops import Source, accumulation_dtype, attend, rotate
 from fam_jax.plan import Plan
 from fam_jax.sublayers import LayerParams, finish, project
+from lime_jax import Depth, Mixer
 
 
 class FamInputs(NamedTuple):
@@ -77,36 +79,47 @@ def query_positions(memory: MemoryConfig, position: Array | None, fresh: Array) 
 
 def update(
     config: DecoderConfig,
+    mixer: Mixer,
     params: LayerParams,
     fam: Array,
     fresh: Array,
-    block: Source,
-    position: Array | None,
-) -> tuple[Array, Source]:
-    """One update of one layer's FAM (algorithm 2).
+    q: Array,
+    sources: list[Source],
+    depth: Depth,
+) -> Array:
+    """One update of one layer's FAM (algorithm 2), from its queries on.
 
     Args:
         config: The decoder's; it has a FAM.
+        mixer: The layer mixer of memory rows.
         params: The layer's weights.
         fam: FAM before the block: [b, f, d].
         fresh: The row's FAM is the learned prompt: bool [b].
-        block: Rotated keys and values of the whole block: [b, c, g, k].
-        position: Absolute position of the block's slot 0: [b]; None with local positions.
+        q: Rotated queries of the FAM rows: [b, f, h, k].
+        sources: Their own keys and values, and those of the whole block.
+        depth: Earlier layers' FAM before the block.
 
     Returns:
-        FAM after the block [b, f, d], and the rotated keys and values of FAM before it [b, f, g, k].
+        FAM after the block [b, f, d].
     """
     memory = config.memory
     assert memory is not None
-    normed = rms_norm(fam, params.attn_norm, config.norm_eps)
-    q, k, v = project(params, normed)
-    q = rotate(q, query_positions(memory, position, fresh), config.rope_base)
-    own = Source(rotate(k, key_positions(memory, position, fresh), config.rope_base), v)
     residual = fam
     if memory.first_residual == "zero":
         residual = jnp.where(fresh[:, None, None], 0, fam)
-    new = finish(config, params, residual, normed, attend(q, [own, block]))
-    return new if memory.clip is None else clip_rows(new, memory.clip), own
+    # Other layers may read only the FAM as it entered the block: the rest has seen the block's last token.
+    ff_source = fam if mixer.mixes_ff else None
+    new, _ = finish(
+        config,
+        mixer,
+        params,
+        fam,
+        lambda y, later: (residual + y, later),
+        attend(q, sources),
+        depth,
+        ff_source,
+    )
+    return new if memory.clip is None else clip_rows(new, memory.clip)
 
 
 def clip_rows(fam: Array, limit: float) -> Array:
@@ -129,77 +142,96 @@ def add_noise(fam: Array, size: Array | float, key: Array) -> Array:
 
 def scan_blocks(
     config: DecoderConfig,
+    mixer: Mixer,
     params: LayerParams,
     fam: Array,
     inputs: FamInputs,
     block: Source,
     plan: Plan,
+    depth: Depth,
     *,
     skip_incomplete: bool,
-) -> tuple[Array, Source, Array]:
+) -> tuple[Array, Source, Array, tuple[Array, ...]]:
     """Carries one layer's FAM over the blocks of a call.
 
     Args:
         config: The decoder's; it has a FAM.
+        mixer: The layer mixer of memory rows.
         params: The layer's weights.
         fam: FAM before the first block: [b, f, d].
         inputs: What documents start from, and the noise key.
         block: Rotated keys and values of the blocks: [b, n, c, g, k].
         plan: Bookkeeping of the same blocks.
+        depth: Earlier layers' FAM as it entered each block: rows [b, n, f].
         skip_incomplete: Skip the work of a block that no row completes; pays when that is the rule.
 
     Returns:
         FAM after the last block [b, f, d]; rotated keys and values of the FAM that entered each block
-        [b, n, f, g, k]; FAM of row 0 after the block that Random State Passing keeps [f, d].
+        [b, n, f, g, k]; FAM of row 0 after the block that Random State Passing keeps [f, d]; what later layers may read
+        of the FAM that entered each block, slots of rows [b, n, f].
     """
     memory = config.memory
     assert memory is not None
 
     def step(carry, block_n):
         fam, kept = carry
-        k, v, index, complete, fresh, passed, position, store = block_n
+        k, v, index, complete, fresh, passed, position, store, bank, pushed = block_n
         if inputs.stored is not None:
             fam = jnp.where(passed[:, None, None], inputs.stored, fam)
         entering = jnp.where(fresh[:, None, None], inputs.prompt, fam)
+        here = dataclasses.replace(depth, bank=bank, pushed=pushed)
+        q, fam_k, fam_v, here = project(config, mixer, params, entering, here)
+        own = Source(rotate(fam_k, key_positions(memory, position, fresh), config.rope_base), fam_v)
 
-        def compress(entering):
-            new, own = update(config, params, entering, fresh, Source(k, v), position)
+        def compress():
+            queries = rotate(q, query_positions(memory, position, fresh), config.rope_base)
+            new = update(config, mixer, params, entering, fresh, queries, [own, Source(k, v)], here)
             if inputs.noise_key is not None and inputs.noise is not None:
                 new = add_noise(new, inputs.noise, jax.random.fold_in(inputs.noise_key, index))
-            return new, own
+            return new
 
-        def only_keys(entering):
-            _, fam_k, fam_v = project(params, rms_norm(entering, params.attn_norm, config.norm_eps))
-            return fam, Source(rotate(fam_k, key_positions(memory, position, fresh), config.rope_base), fam_v)
-
-        if skip_incomplete:
-            new, own = jax.lax.cond(jnp.any(complete), compress, only_keys, entering)
-        else:
-            new, own = compress(entering)
+        new = jax.lax.cond(jnp.any(complete), compress, lambda: fam) if skip_incomplete else compress()
         fam = jnp.where(complete[:, None, None], new, fam)
         kept = jnp.where(store, fam[0], kept)
-        return (fam, kept), (own.k, own.v)
+        slots = (*here.own, *[entering] * (mixer.per_layer - len(here.own)))
+        return (fam, kept), (own.k, own.v, slots)
 
     if config.remat:
         step = jax.checkpoint(step, prevent_cse=False)
-    over_blocks = (block.k, block.v, plan.complete, plan.fresh, plan.passed, plan.position)
-    k, v, complete, fresh, passed, position = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), over_blocks)
+    over_blocks = (block.k, block.v, plan.complete, plan.fresh, plan.passed, plan.position, depth.pushed)
+    k, v, complete, fresh, passed, position, pushed = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), over_blocks)
+    bank = None if depth.bank is None else jnp.moveaxis(depth.bank, 2, 0)
     carry = (fam, jnp.zeros(fam.shape[1:], fam.dtype))
-    xs = (k, v, plan.index, complete, fresh, passed, position, plan.store)
-    (fam, kept), (fam_k, fam_v) = jax.lax.scan(step, carry, xs)
-    return fam, Source(jnp.moveaxis(fam_k, 0, 1), jnp.moveaxis(fam_v, 0, 1)), kept
+    xs = (k, v, plan.index, complete, fresh, passed, position, plan.store, bank, pushed)
+    (fam, kept), out = jax.lax.scan(step, carry, xs)
+    fam_k, fam_v, slots = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), out)
+    return fam, Source(fam_k, fam_v), kept, slots
 
 
-def climb(config: DecoderConfig, params: LayerParams, prompt: Array) -> Array:
-    """Takes the prompt rows [f, d] through one layer: they see each other and nothing else (appendix B.1).
+def climb(
+    config: DecoderConfig, mixer: Mixer, params: LayerParams, carry: Array, depth: Depth
+) -> tuple[Array, Array, Depth]:
+    """Takes the prompt through one layer: its rows see each other and nothing else (appendix B.1).
 
     Were they to see the first block, its tokens would read a summary of their own future at the next layer.
+
+    Args:
+        config: The decoder's; it has a FAM.
+        mixer: The layer mixer.
+        params: The layer's weights.
+        carry: The prompt as it leaves the layer before; rows [f, d], more axes with some mixers.
+        depth: Earlier layers at the same rows.
+
+    Returns:
+        The prompt as it leaves this layer; its rows as this layer sees them [f, d]; the depth with what this layer
+        lets later ones read.
     """
     memory = config.memory
     assert memory is not None
-    normed = rms_norm(prompt, params.attn_norm, config.norm_eps)
-    q, k, v = project(params, normed)
+    prompt, add = mixer.enter(params.mixing, carry, depth, 0)
+    q, k, v, depth = project(config, mixer, params, prompt, depth)
     start = None if memory.positions == "local" else jnp.zeros(())
     positions = key_positions(memory, start, jnp.ones((), bool)).reshape(-1)
     q, k = rotate(q, positions, config.rope_base), rotate(k, positions, config.rope_base)
-    return finish(config, params, prompt, normed, attend(q, [Source(k, v)]))
+    carry, depth = finish(config, mixer, params, prompt, add, attend(q, [Source(k, v)]), depth)
+    return carry, prompt, depth

@@ -11,37 +11,46 @@ from jax import Array
 
 from fam_jax.config import DecoderConfig
 from fam_jax.fam import FamInputs, scan_blocks
-from fam_jax.ops import Source, attend, rms_norm, rotate
+from fam_jax.ops import Source, attend, rotate
 from fam_jax.plan import Plan
 from fam_jax.state import LayerMemory
 from fam_jax.sublayers import LayerParams, finish, project
+from lime_jax import Depth, Mixer
+from lime_jax.depth import NO_DEPTH
 
 
 def layer(
     config: DecoderConfig,
+    mixer: Mixer,
     params: LayerParams,
-    x: Array,
+    carry: Array,
     memory: LayerMemory,
     inputs: FamInputs | None,
     plan: Plan,
-) -> tuple[Array, LayerMemory, Array]:
+    depths: dict[str, Depth],
+) -> tuple[Array, LayerMemory, Array, dict[str, tuple[Array, ...]]]:
     """Runs one layer.
 
     Args:
         config: The decoder's.
+        mixer: What the layer reads of earlier layers.
         params: The layer's weights, in the type of the activations.
-        x: The layer's input in windows: [b, n, w, d]. `w` is the block size, or less if `n` is 1.
+        carry: What the layer before left, in windows: [b, n, w, d], more axes with some mixers. `w` is the block
+            size, or less if `n` is 1.
         memory: What the layer remembers of earlier calls.
         inputs: Start of the FAM and its noise; None without a FAM.
         plan: Bookkeeping of the same blocks.
+        depths: Earlier layers, at the `tokens` and at the `fam` rows as they entered each block; none without mixing.
 
     Returns:
-        The layer's output [b, n, w, d]; what it remembers now; the FAM that Random State Passing keeps [f, d].
+        What goes to the next layer; what this layer remembers now; the FAM that Random State Passing keeps [f, d]; what
+        later layers may read, slots by name of their bank.
     """
+    depth, fam_depth = (depths.get(name, NO_DEPTH) for name in ("tokens", "fam"))
+    x, add = mixer.enter(params.mixing, carry, depth, 0)
     _, windows, width, _ = x.shape
     size = memory.open_k.shape[1]
-    normed = rms_norm(x, params.attn_norm, config.norm_eps)
-    q, k, v = project(params, normed)
+    q, k, v, depth = project(config, mixer, params, x, depth)
     k, v = _fill(k, memory.open_k, plan), _fill(v, memory.open_v, plan)
 
     slots = jnp.arange(size)
@@ -63,18 +72,28 @@ def layer(
 
     kept = jnp.zeros(memory.fam.shape[1:], memory.fam.dtype)
     fam = memory.fam
+    fam_slots: tuple[Array, ...] = ()
     if inputs is not None:
-        skip = width < size
-        fam, fam_source, kept = scan_blocks(
-            config, params, fam, inputs, Source(own.k, own.v), plan, skip_incomplete=skip
+        rows_mixer = mixer if mixer.mixes_rows else Mixer(None, mixer.shape)
+        fam, fam_source, kept, fam_slots = scan_blocks(
+            config,
+            rows_mixer,
+            params,
+            fam,
+            inputs,
+            Source(own.k, own.v),
+            plan,
+            fam_depth,
+            skip_incomplete=width < size,
         )
         sources.append(fam_source)
-    x = finish(config, params, x, normed, attend(q, sources))
+    carry, depth = finish(config, mixer, params, x, add, attend(q, sources), depth)
 
     done = jnp.sum(plan.complete, axis=1)
     segment_k, open_k = _advance(all_k, done, config.segments)
     segment_v, open_v = _advance(all_v, done, config.segments)
-    return x, LayerMemory(segment_k, segment_v, open_k, open_v, fam), kept
+    remembered = LayerMemory(segment_k, segment_v, open_k, open_v, fam)
+    return carry, remembered, kept, {"tokens": depth.own, "fam": fam_slots}
 
 
 def _fill(new: Array, opened: Array, plan: Plan) -> Array:

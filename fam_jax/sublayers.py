@@ -1,6 +1,7 @@
-"""The weights of a layer, and what surrounds attention; tokens and FAM rows share all of it."""
+"""The weights of a layer, and what surrounds attention; tokens, FAM rows and the prompt share all of it."""
 
 import dataclasses
+from functools import partial
 
 import jax.numpy as jnp
 from flax import struct
@@ -9,6 +10,8 @@ from jax.typing import DTypeLike
 
 from fam_jax.config import DecoderConfig
 from fam_jax.ops import feed_forward, rms_norm
+from lime_jax import Depth, Mixer
+from lime_jax.mixer import Add, Params
 
 
 @struct.dataclass
@@ -21,10 +24,13 @@ class LayerParams:
         wk: [d, g, k].
         wv: [d, g, k].
         wo: [h, k, d].
+        q_norm: [k]; None without `qk_norm`.
+        k_norm: [k]; None without `qk_norm`.
         ff_norm: [d]; None in the parallel block.
         w_gate: [d, e].
         w_up: [d, e].
         w_down: [e, d].
+        mixing: What the layer mixer has of its own, as its `effective` gives it.
     """
 
     attn_norm: Array
@@ -32,37 +38,79 @@ class LayerParams:
     wk: Array
     wv: Array
     wo: Array
+    q_norm: Array | None
+    k_norm: Array | None
     ff_norm: Array | None
     w_gate: Array
     w_up: Array
     w_down: Array
+    mixing: Params
 
 
-def project(params: LayerParams, normed: Array) -> tuple[Array, Array, Array]:
-    """Queries [..., h, k] and raw keys and values [..., g, k] of normed rows [..., d]."""
-    q = jnp.einsum("...d,dhk->...hk", normed, params.wq)
-    k = jnp.einsum("...d,dgk->...gk", normed, params.wk)
-    v = jnp.einsum("...d,dgk->...gk", normed, params.wv)
-    return q, k, v
+def project(
+    config: DecoderConfig, mixer: Mixer, params: LayerParams, x: Array, depth: Depth
+) -> tuple[Array, Array, Array, Depth]:
+    """What attention works on, before the rotation.
+
+    Args:
+        config: The decoder's.
+        mixer: The layer mixer; it may take inputs, keys and values from earlier layers.
+        params: The layer's.
+        x: Input of the layer [..., d].
+        depth: Earlier layers at the same rows.
+
+    Returns:
+        Queries [..., h, k], keys and values [..., g, k], and the depth with what this layer lets later ones read.
+    """
+    norm = partial(rms_norm, scale=params.attn_norm, eps=config.norm_eps)
+    for_q, for_k, for_v, depth = mixer.attention_inputs(params.mixing, x, norm, depth)
+    heads = "g" if for_k.ndim > for_q.ndim else ""  # each head may have an input of its own
+    q = jnp.einsum("...d,dhk->...hk", for_q, params.wq)
+    k = jnp.einsum(f"...{heads}d,dgk->...gk", for_k, params.wk)
+    v = jnp.einsum(f"...{heads}d,dgk->...gk", for_v, params.wv)
+    k, v, depth = mixer.keys_values(params.mixing, for_q, q, k, v, depth)
+    if params.q_norm is not None and params.k_norm is not None:
+        q, k = rms_norm(q, params.q_norm, config.norm_eps), rms_norm(k, params.k_norm, config.norm_eps)
+    return q, k, v, depth
 
 
-def finish(config: DecoderConfig, params: LayerParams, residual: Array, normed: Array, mixed: Array) -> Array:
+def finish(
+    config: DecoderConfig,
+    mixer: Mixer,
+    params: LayerParams,
+    x: Array,
+    add: Add,
+    attended: Array,
+    depth: Depth,
+    ff_source: Array | None = None,
+) -> tuple[Array, Depth]:
     """Everything after attention: output projection, residual and feed-forward.
 
     Args:
         config: The decoder's.
+        mixer: The layer mixer.
         params: The layer's.
-        residual: What attention is added to: [..., d].
-        normed: The normed input of the layer, which the parallel block's feed-forward reads: [..., d].
-        mixed: Attention's result per head: [..., h, k].
+        x: Input of the layer [..., d].
+        add: Adds a sub-layer's output to what goes from layer to layer, as `mixer.enter` gave it.
+        attended: Attention's result per head: [..., h, k].
+        depth: Earlier layers at the same rows.
+        ff_source: What the feed-forward's mixture takes for its own input, if it is another than its input.
 
     Returns:
-        The layer's output [..., d].
+        What goes to the next layer, and the depth with what this layer lets later ones read.
     """
-    x = residual + jnp.einsum("...hk,hkd->...d", mixed, params.wo)
-    if params.ff_norm is not None:
-        normed = rms_norm(x, params.ff_norm, config.norm_eps)
-    return x + feed_forward(params.w_gate, params.w_up, params.w_down, normed)
+    y = jnp.einsum("...hk,hkd->...d", attended, params.wo)
+    if params.ff_norm is None:
+        scale = params.attn_norm
+    else:
+        scale = params.ff_norm
+        carry, depth = add(y, depth)
+        x, add = mixer.enter(params.mixing, carry, depth, 1)
+    norm = partial(rms_norm, scale=scale, eps=config.norm_eps)
+    ff_in, depth = mixer.ff_input(params.mixing, x if ff_source is None else ff_source, norm, depth)
+    ff_out = feed_forward(params.w_gate, params.w_up, params.w_down, ff_in)
+    carry, depth = add(y + ff_out if params.ff_norm is None else ff_out, depth)
+    return mixer.leave(params.mixing, carry, depth)
 
 
 def cast(params: LayerParams, dtype: DTypeLike) -> LayerParams:

@@ -234,7 +234,8 @@ def random_params(config: DecoderConfig, seed: int = 0) -> Any:
         elif name in ("embed", "fam_prompt"):
             value = normal
         else:
-            fan_in = leaf.shape[1] * leaf.shape[2] if name == "wo" else leaf.shape[-2 if leaf.ndim < 4 else 1]
+            axis = max(-2, -leaf.ndim) if leaf.ndim < 4 else 1
+            fan_in = leaf.shape[1] * leaf.shape[2] if name == "wo" else leaf.shape[axis]
             value = 1.3 * normal / np.sqrt(fan_in)
         return value.astype(leaf.dtype)
 

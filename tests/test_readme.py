@@ -11,9 +11,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_the_example_runs_as_shown(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
     exec(compile(code, "README.md", "exec"), {})
-    assert capsys.readouterr().out == "(2, 8)\n"
+    assert capsys.readouterr().out == "(2, 8)\n2\n"
 
 
 def test_modules_files_and_pictures_that_it_names_exist():
