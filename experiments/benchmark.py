@@ -107,7 +107,8 @@ def gradient_step(config: DecoderConfig) -> tuple[Callable[[Any, Any], Any], Any
     model = Decoder(config)
 
     def loss(params: Any, tokens: jax.Array) -> jax.Array:
-        logits = model.apply({"params": params}, tokens).logits
+        out: Any = model.apply({"params": params}, tokens)
+        logits = out.logits
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1))
 
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
@@ -126,7 +127,7 @@ def memory(options: Options, arms: dict[str, MixingConfig | None]) -> dict[str, 
                 step, shapes = gradient_step(model_config(options, layers, mixing))
                 lowered = jax.jit(step).lower(shapes, tokens)
                 start = time.perf_counter()
-                used = lowered.compile().memory_analysis()
+                used: Any = lowered.compile().memory_analysis()
                 seconds.append(round(time.perf_counter() - start, 2))
                 states.append(used.temp_size_in_bytes / layers / state)
                 bar.update()

@@ -62,7 +62,7 @@ def parameters(**changes):
 
 def test_every_parameter_is_decayed_or_not():
     names = set()
-    for changes in ({}, {"tie_embeddings": False}, {"parallel_block": True}):
+    for changes in ({}, {"tie_embeddings": False}, {"parallel_block": True}, {"qk_norm": True}):
         leaves = jax.tree_util.tree_leaves_with_path(decay_mask(parameters(**changes)))
         names |= {path[-1].key for path, _ in leaves}
         for path, decayed in leaves:
