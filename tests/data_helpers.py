@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import signal
 from pathlib import Path
 
 from experiments.data import TextData
@@ -51,3 +52,8 @@ def packed(directory: Path, texts, split: str = "train", tokenizer=None, **setti
     tokenizer = tokenizer or ByteTokenizer()
     tokens, config = store(directory, texts, split, tokenizer), TextData(mode="packed", **settings)
     return PackedBatches(tokens, tokenizer, config, Identity.of(config, split, tokens))
+
+
+def heed_interrupts():
+    """For `preexec_fn`: a process begun in the background of a script would ignore SIGINT, and so its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from data_helpers import heed_interrupts
 
 from experiments import configs
 from experiments.data import TextData
@@ -53,7 +54,15 @@ def test_interrupted_before_training_begins(command, tmp_path):
     """One line, no traceback, and the exit status that a shell gives to an interrupt."""
     words = [sys.executable, "-m", *f"experiments.{command}".split(), "--work-dir", str(tmp_path / "run")]
     env = dict(os.environ, PYTHONPATH=str(ROOT))
-    process = subprocess.Popen(words, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        words,
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
+    )
     deadline = time.monotonic() + 100
     while not (tmp_path / "run").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -52,6 +52,8 @@ BAD_DECODER = [
     ("num_kv_heads", 8),
     ("head_dim", 5),  # rotary turns pairs
     ("memory", "fam"),
+    ("mixing", "lime"),
+    ("qk_norm", 1),
     ("schedule", "wave"),
     ("parallel_block", "yes"),
     ("tie_embeddings", "yes"),

@@ -90,7 +90,11 @@ def test_a_killed_preparation_is_not_taken_for_complete(source, tmp_path):
 def test_control_c_leaves_nothing(source, tmp_path):
     data = tmp_path / "data"
     process = subprocess.Popen(
-        python(STOPPING, source, data), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        python(STOPPING, source, data),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=data_helpers.heed_interrupts,
     )
     assert process.stdout.readline() == "stopped\n"
     process.send_signal(signal.SIGINT)

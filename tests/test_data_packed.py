@@ -151,14 +151,14 @@ def test_resumes_exactly_after_every_step(tmp_path):
 def test_a_position_of_other_settings_is_refused(tmp_path, change, named):
     settings = {"batch_size": 3, "length": 48, "repeat_tokens": 8}
     state = data_helpers.packed(tmp_path, LONG, **settings).get_state()
-    with pytest.raises(DataError, match=f"another value of {named} "):
+    with pytest.raises(DataError, match=f"saved with {named}="):
         data_helpers.packed(tmp_path, LONG, **{**settings, **change}).set_state(state)
 
 
 def test_a_position_of_stream_mode_or_a_damaged_one_is_refused(tmp_path):
     data = data_helpers.packed(tmp_path, LONG, batch_size=3, length=48)
     other = data_helpers.stream(tmp_path, LONG, batch_size=3, length=48, block_size=4)
-    with pytest.raises(DataError, match="another value of mode"):
+    with pytest.raises(DataError, match="saved with mode='stream', which is now 'packed'"):
         data.set_state(other.get_state())
     with pytest.raises(DataError, match="damaged"):
         data.set_state({**data.get_state(), "step": "3"})
