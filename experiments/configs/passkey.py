@@ -3,9 +3,10 @@
 python -m experiments.train --config passkey --seed 0 --data.seed 0 --name passkey-seed0
 python -m experiments.evaluate --checkpoint runs/passkey-seed0 --depth uniform --lengths 32 128 448 --zero-memory
 
-28 minutes on one core of an AMD EPYC. Exact match of 500 keys at 32 blocks, the longest trained, 128 and 448, which is 14
-times the trained length, the paper's ratio: 0.998, 0.972 and 0.958 with seed 0, but 0.962, 0.288 and 0.034 with seed 1,
-whose memory drifts: at 64 blocks it has lost what stood in the first half. With the FAM zeroed at every block, nothing.
+28 minutes on one core of an AMD EPYC. Exact match of 500 keys at 32 blocks, the longest trained, 128 and 448, which is
+14 times the trained length, the paper's ratio: 0.998, 0.972 and 0.958 with seed 0, but 0.962, 0.288 and 0.034 with
+seed 1, whose memory drifts: at 64 blocks it has lost what stood in the first half. With the FAM zeroed at every
+block, nothing.
 
 Noise on the FAM makes it hold what it has; too much of it from the start, and the longer lengths are never learnt.
 """
