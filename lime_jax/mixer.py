@@ -19,7 +19,6 @@ block enters once, and adds the sum of both outputs. `depth.own` then holds what
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
@@ -147,8 +146,3 @@ class Mixer:
     def contribute(self, column: Any, slot: Array) -> Array:
         """Push form: what a source slot [..., slot] adds to every layer [l, ..., slot]."""
         raise NotImplementedError
-
-
-def tree_zeros_like(tree: Any) -> Any:
-    """Zeros of the same shapes."""
-    return jax.tree.map(jnp.zeros_like, tree)

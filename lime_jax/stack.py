@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lime_jax.depth import Depth
-from lime_jax.mixer import Mixer, tree_zeros_like
+from lime_jax.mixer import Mixer
 
 Banks = Mapping[str, Array]
 Body = Callable[[Any, Any, Any, dict[str, Depth]], tuple[Any, dict[str, Any], Any]]
@@ -239,7 +239,7 @@ def _write_once(mixer, body, consts, carry, xs, banks, rebuild):
             d_consts = jax.tree.map(jnp.add, d_consts, d_here)
             return (d_carry, jax.tree.map(jnp.add, d_banks, d_read), d_consts), d_x
 
-        start = (d_carry, d_banks, tree_zeros_like(diff_consts))
+        start = (d_carry, d_banks, jax.tree.map(jnp.zeros_like, diff_consts))
         steps = (diff_xs, rest_xs, carries, jnp.arange(layers), d_ys)
         (d_carry, d_banks, d_consts), d_xs = jax.lax.scan(step, start, steps, reverse=True)
         # The layers overwrite all slots but the first ones.

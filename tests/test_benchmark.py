@@ -20,7 +20,7 @@ def test_step_time_of_two_arms(tmp_path):
 
 
 def test_memory_does_not_grow_with_depth(tmp_path):
-    """Write-once, of a router whose weights depend on the token; the naive carry would take twice as much at 16."""
+    """Write-once, of a router whose weights depend on the token."""
     options = Options("memory", arms=("dynamic_kv",), depths=(8, 16), output=tmp_path, **SMALL)
     (curve,) = benchmark.run(options)[0].values["curves"]
     assert curve["states"][1] <= 1.1 * curve["states"][0]

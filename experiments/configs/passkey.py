@@ -8,7 +8,8 @@ python -m experiments.evaluate --checkpoint runs/passkey-seed0 --depth uniform -
 seed 1, whose memory drifts: at 64 blocks it has lost what stood in the first half. With the FAM zeroed at every
 block, nothing.
 
-Noise on the FAM makes it hold what it has; too much of it from the start, and the longer lengths are never learnt.
+Noise on the FAM makes it hold what it has; with 0.35 of it, seed 1 had not got beyond 8 blocks
+after 2,300 steps.
 """
 
 from experiments.config import TrainConfig

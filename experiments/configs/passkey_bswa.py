@@ -1,7 +1,7 @@
 """The window-only twin of passkey: the same size, data and steps, one memory segment and no FAM.
 
 python -m experiments.train --config passkey_bswa --seed 0 --data.seed 0
-python -m experiments.evaluate --checkpoint runs/passkey_bswa --depth first --lengths 24 96 336 --batch-size 50
+python -m experiments.evaluate --checkpoint runs/passkey_bswa --depth first --lengths 32 128 448 --batch-size 50
 """
 
 import dataclasses
@@ -16,4 +16,4 @@ def config() -> TrainConfig:
     assert base.model.memory is not None
     memory = dataclasses.replace(base.model.memory, fam_length=0, segments=1, clip=None, noise=0.0)
     model = dataclasses.replace(base.model, memory=memory)
-    return dataclasses.replace(base, name="passkey_bswa", model=model, noise_warmup=0)
+    return dataclasses.replace(base, name="passkey_bswa", model=model)
