@@ -25,11 +25,12 @@ from tqdm import tqdm
 from experiments.checkpoint import CheckpointError, load_model
 from experiments.command import run_command
 from experiments.config import TrainConfig
-from experiments.data import DataError, check_ids, load_tokenizer
+from experiments.data import DataError, load_tokenizer
 from experiments.data.passkey import PasskeyData, PasskeyTokenizer
 from experiments.data.questions import QuestionData
 from experiments.measures import check_positive
 from fam_jax import Decoder, StreamState, generate
+from fam_jax.call import check_ids
 
 PIECE = 1 << 16  # bytes of a prompt file that are in memory at a time
 

@@ -18,10 +18,10 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from experiments.data import check_ids
 from experiments.data.passkey import Passkey
 from experiments.data.questions import QuestionTask
 from fam_jax import Decoder, StreamState, generate
+from fam_jax.call import check_ids
 
 # Keeps the samples of evaluation apart from those of training, whatever the seeds.
 _EVALUATION = 0x6576616C

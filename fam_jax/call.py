@@ -92,12 +92,14 @@ def check_ids(ids: Any, vocab_size: int, name: str = "tokens") -> np.ndarray:
         ValueError: Not integers, or outside 0..vocab_size-1.
     """
     array = np.asarray(ids)
+    if array.size == 0:  # an empty list has no integer type
+        return array.astype(np.int32)
     if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name} must be integer ids, not {array.dtype}")
-    if array.size and (array.min() < 0 or array.max() >= vocab_size):
-        bad = array[(array < 0) | (array >= vocab_size)].flat[0]
+        raise ValueError(f"{name}: token ids must be integers, not {array.dtype}")
+    outside = array[(array < 0) | (array >= vocab_size)]
+    if outside.size:
         raise ValueError(
-            f"{name} holds the id {bad}, but the vocabulary has {vocab_size} (0 to {vocab_size - 1}); "
+            f"{name}: token id {outside[0]} is outside the vocabulary of {vocab_size} ids (0 to {vocab_size - 1}); "
             "use the tokenizer that the model was trained with"
         )
     return array.astype(np.int32)

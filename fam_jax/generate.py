@@ -92,7 +92,7 @@ def generate(
         raise ValueError(f"top_p={top_p!r} is not allowed; it must be above 0 and at most 1")
     if temperature > 0 and key is None:
         raise ValueError(f"temperature={temperature!r} samples, which needs key=jax.random.key(seed)")
-    stop = check_ids(stop_tokens if len(np.atleast_1d(stop_tokens)) else np.zeros(0, np.int32), vocab, "stop_tokens")
+    stop = check_ids(stop_tokens, vocab, "stop_tokens")
     if stop.ndim != 1:
         raise ValueError(f"stop_tokens={stop_tokens!r} is not allowed; give a sequence of ids")
     state = _check_room(model, state, lengths, max_new_tokens)

@@ -16,8 +16,8 @@ def uniform(key: Array, shape: tuple[int, ...], bound: Array | np.ndarray, dtype
     return (jax.random.uniform(key, shape, jnp.float32, -1.0, 1.0) * bound).astype(dtype)
 
 
-class _KeyValueRouter(Mixer):
-    """Mixes raw keys and values; a slot is a layer's pair of them, [..., 2, g, k]."""
+class _Router(Mixer):
+    """Mixes what layers write from their input alone, a slot each; `mask` [l, j] says which layer reads which."""
 
     per_layer = 1
     mixes_rows = True
@@ -26,6 +26,10 @@ class _KeyValueRouter(Mixer):
     def __init__(self, config: LimeConfig, shape: Shape) -> None:
         super().__init__(config, shape)
         self.mask = source_mask(config.sources, shape.num_layers)
+
+
+class _KeyValueRouter(_Router):
+    """Mixes raw keys and values; a slot is a layer's pair of them, [..., 2, g, k]."""
 
     @property
     def slot_shape(self) -> tuple[int, ...]:
@@ -145,20 +149,12 @@ class DynamicKV(StaticKV):
         return static + depth.mix("j...h,j...shk->...shk", weights)
 
 
-class _HiddenRouter(Mixer):
+class _HiddenRouter(_Router):
     """Mixes normed layer states into the input of keys and values, for each head (first version of the paper).
 
     A slot is a layer's input over its root mean square [..., d]; the scale `norm` [l, d] of the reading layer is
     applied to the mixture, which is the same because it is linear.
     """
-
-    per_layer = 1
-    mixes_rows = True
-    from_input = True
-
-    def __init__(self, config: LimeConfig, shape: Shape) -> None:
-        super().__init__(config, shape)
-        self.mask = source_mask(config.sources, shape.num_layers)
 
     @property
     def slot_shape(self) -> tuple[int, ...]:

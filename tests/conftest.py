@@ -1,5 +1,6 @@
-"""Settings that all tests share: the platform, the precision of products, plots without a display."""
+"""What all tests share: the platform, the precision of products, plots without a display, compiled programs."""
 
+import gc
 import os
 
 # Before jax starts: the tests are written for the CPU; JAX_PLATFORMS=cuda pytest runs them elsewhere.
@@ -10,7 +11,35 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 # Equality tests of two execution orders mean float32 products, also on devices whose default is lower. Tests
 # that need float64 turn it on for themselves: with jax.enable_x64(True).
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Drops what a module has compiled: a process may map only so much memory that is code."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def compile_cache(tmp_path_factory):
+    """This process and those that a module starts keep what they compile, and find it again."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp() / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

@@ -18,7 +18,6 @@ import pytest
 from train_helpers import (
     ROOT,
     assert_same_bits,
-    compile_cache,  # noqa: F401
     environment,
     tiny,
     with_model,

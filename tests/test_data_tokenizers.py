@@ -6,7 +6,8 @@ import data_helpers
 import numpy as np
 import pytest
 
-from experiments.data import DataError, check_ids, load_tokenizer
+from experiments.data import DataError, load_tokenizer
+from fam_jax.call import check_ids
 
 TEXT = "def tokenise(text):\n    return [piece for piece in text.split() if piece]\n\n# Größe, naïve 漢字 🙂\n"
 
@@ -128,6 +129,7 @@ def test_a_missing_library_says_what_to_install(tmp_path, library, suffix):
 import sys
 sys.modules[{library!r}] = None
 from experiments.data import DataError, load_tokenizer
+from fam_jax.call import check_ids
 try:
     load_tokenizer({str(path)!r})
 except DataError as error:
@@ -140,13 +142,13 @@ except DataError as error:
 def test_ids_outside_the_vocabulary():
     assert check_ids([[0, 255]], 256).tolist() == [[0, 255]]
     assert check_ids(np.zeros((2, 0)), 256).shape == (2, 0)
-    with pytest.raises(DataError, match="prompt: token id 256 is outside the vocabulary of 256 ids"):
+    with pytest.raises(ValueError, match="prompt: token id 256 is outside the vocabulary of 256 ids"):
         check_ids(np.array([3, 256]), 256, "prompt")
-    with pytest.raises(DataError, match="token id -1 is outside"):
+    with pytest.raises(ValueError, match="token id -1 is outside"):
         check_ids([-1, 300], 256)
-    with pytest.raises(DataError, match="must be integers, not float64"):
+    with pytest.raises(ValueError, match="must be integers, not float64"):
         check_ids([0.5], 256)
-    with pytest.raises(DataError, match="outside the vocabulary"):
+    with pytest.raises(ValueError, match="outside the vocabulary"):
         load_tokenizer("bytes").decode([300])
 
 
@@ -155,6 +157,6 @@ def test_a_tokenizer_with_ids_outside_its_vocabulary_prepares_nothing(tmp_path):
         hash = "wrong"
         vocab_size = 100
 
-    with pytest.raises(DataError, match="document '001' of lines: token id 122 is outside"):
+    with pytest.raises(ValueError, match="document '001' of lines: token id 122 is outside"):
         data_helpers.store(tmp_path, ["AAA", "zzz"], tokenizer=Wrong())
     assert not list((tmp_path / "tokens").glob("lines*"))

@@ -14,7 +14,6 @@ import pytest
 from train_helpers import (
     ROOT,
     assert_same_bits,
-    compile_cache,  # noqa: F401
     environment,
     metric_rows,
     plain,

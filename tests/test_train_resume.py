@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from train_helpers import (
     assert_same_bits,
-    compile_cache,  # noqa: F401
     metric_rows,
     plain,
     restore,

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pytest
-from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from experiments.checkpoint import Checkpoints, Restored
 from experiments.config import TrainConfig
@@ -35,25 +33,6 @@ MODEL = DecoderConfig(
     d_ff=32,
     memory=MemoryConfig(block_size=8, fam_length=2, rsp=0.9, noise=0.1),
 )
-
-
-@pytest.fixture(scope="session")
-def compile_cache(tmp_path_factory):
-    """This process and those that it starts keep what they compile, and find it again."""
-    folder = tmp_path_factory.mktemp("compiled")
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_persistent_cache_min_entry_size_bytes",
-    )
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in zip(names, (str(folder), 0, -1), strict=True):
-        jax.config.update(name, value)
-    jax_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    jax_cache.reset_cache()
 
 
 def write_text(folder: Path) -> str:

@@ -3,7 +3,7 @@
 from experiments.data.config import TextData
 from experiments.data.loading import Documents, documents, load, manifest
 from experiments.data.protocol import Batch, Batches, DataError
-from experiments.data.tokenizers import Tokenizer, check_ids, load_tokenizer
+from experiments.data.tokenizers import Tokenizer, load_tokenizer
 
 __all__ = [
     "Batch",
@@ -12,7 +12,6 @@ __all__ = [
     "Documents",
     "TextData",
     "Tokenizer",
-    "check_ids",
     "documents",
     "load",
     "load_tokenizer",

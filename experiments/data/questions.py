@@ -19,7 +19,7 @@ import numpy as np
 
 from experiments.data.protocol import Batch, DataError
 from experiments.data.stream import shuffled
-from experiments.data.tokenizers import check_ids
+from fam_jax.call import check_ids
 
 BLANK = -1  # no token; `pack` closes such gaps
 _TEST_SHARE = 10  # one question in so many belongs to the test split

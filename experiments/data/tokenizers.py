@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from experiments.data.protocol import DataError
+from fam_jax.call import check_ids
 
 # What vocabularies call "the text ends here"; a tokenizer.json does not say which of its tokens that is.
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]", "<|im_end|>")
@@ -38,30 +39,6 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
         ...
-
-
-def check_ids(ids: np.ndarray | Sequence[int], vocab_size: int, what: str = "ids") -> np.ndarray:
-    """Checks on the host that every id is in the vocabulary, which a device would not notice.
-
-    Returns:
-      The ids as an int32 array of the same shape.
-
-    Raises:
-      DataError: an id is negative or not below `vocab_size`.
-    """
-    array = np.asarray(ids)
-    if array.size == 0:
-        return array.astype(np.int32)
-    if not np.issubdtype(array.dtype, np.integer):
-        raise DataError(f"{what}: token ids must be integers, not {array.dtype}")
-    low, high = int(array.min()), int(array.max())
-    if low < 0 or high >= vocab_size:
-        wrong = low if low < 0 else high
-        raise DataError(
-            f"{what}: token id {wrong} is outside the vocabulary of {vocab_size} ids (0 to "
-            f"{vocab_size - 1}); use the tokenizer that the model was made for"
-        )
-    return array.astype(np.int32)
 
 
 class ByteTokenizer:

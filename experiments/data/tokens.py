@@ -13,7 +13,8 @@ from tqdm import tqdm
 from experiments.data.cache import build_once, damaged, digest, read_json, write_json
 from experiments.data.corpus import Corpus
 from experiments.data.protocol import DataError
-from experiments.data.tokenizers import Tokenizer, check_ids
+from experiments.data.tokenizers import Tokenizer
+from fam_jax.call import check_ids
 
 TOKENS_FORMAT = 1
 
@@ -87,7 +88,8 @@ def tokenize(source: OpensCorpus, tokenizer: Tokenizer, directory: Path) -> Toke
     """Tokenises a source, once, under `directory`; prepares its text first if need be.
 
     Raises:
-      DataError: as `source.open`; or a split has no tokens; or an id is outside the vocabulary.
+      DataError: as `source.open`; or a split has no tokens.
+      ValueError: an id is outside the vocabulary.
     """
     key = digest(TOKENS_FORMAT, source.key, tokenizer.hash)[:16]
     target = directory / "tokens" / f"{source.folder}-{key}"
