@@ -17,6 +17,15 @@ class BusyError(RuntimeError):
     """Another process is training in the same folder."""
 
 
+class Stopped(Exception):
+    """A signal asked training to stop; its name is the argument."""
+
+    @property
+    def status(self) -> int:
+        """Exit status of a process that ends for this."""
+        return 128 + getattr(signal, self.args[0])
+
+
 @contextlib.contextmanager
 def only_process(directory: Path) -> Iterator[None]:
     """Holds a run's folder for this process; the system lets go of it even if the process is killed.

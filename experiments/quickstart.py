@@ -13,7 +13,6 @@ Started again, it goes on where it was stopped. What it prints is what it measur
 from __future__ import annotations
 
 import dataclasses
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from experiments.config import TrainConfig
 from experiments.data.passkey import Passkey, PasskeyData
 from experiments.generate import continue_text
 from experiments.measures import loss_by_position, passkey_accuracy
-from experiments.process import BusyError
+from experiments.process import BusyError, Stopped
 from experiments.train import NonFiniteError, TrainResult, train
 from experiments.typed import to_json
 
@@ -90,10 +89,6 @@ def _settle(options: Options, config: TrainConfig) -> TrainConfig:
     """The config with its folder, and a warm-up that fits a smoke run."""
     optim = dataclasses.replace(config.optim, warmup_steps=1) if options.smoke else config.optim
     return dataclasses.replace(config, optim=optim, work_dir=str(options.directory / config.name))
-
-
-class Stopped(Exception):
-    """A signal asked training to stop; its name is the argument."""
 
 
 def limited(part: Part, fresh: bool) -> TrainResult:
@@ -251,7 +246,7 @@ def main() -> int:
         run(options)
     except Stopped as stopped:
         print("to continue, give the same command again")
-        return 128 + getattr(signal, stopped.args[0])
+        return stopped.status
     except (ValueError, CheckpointError, NonFiniteError, BusyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
-from pathlib import Path
+import sys
 
+from experiments.command import modules
 from experiments.config import TrainConfig
 
 
 def summaries() -> dict[str, str]:
-    """Known names and the first line of what each tells of itself, read without running any."""
-    files = sorted(path for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_"))
-    docs = {path.stem: ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) for path in files}
-    return {name: (text or "").partition("\n")[0] for name, text in docs.items()}
+    """Known names and the first line of what each tells of itself."""
+    return modules(sys.modules[__name__])
 
 
 def get(name: str) -> TrainConfig:
