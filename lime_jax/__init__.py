@@ -13,6 +13,7 @@ from lime_jax.config import (
 from lime_jax.depth import Depth
 from lime_jax.make import make_mixer
 from lime_jax.mixer import Mixer, Shape
+from lime_jax.pruning import PruningReport, prune_router
 from lime_jax.stack import run_layers
 
 __all__ = [
@@ -24,9 +25,11 @@ __all__ = [
     "LimeConfig",
     "Mixer",
     "MixingConfig",
+    "PruningReport",
     "Shape",
     "ValueResidualConfig",
     "make_mixer",
     "num_router_weights",
+    "prune_router",
     "run_layers",
 ]

@@ -1,0 +1,111 @@
+"""What every layer of the decoder holds: hidden states and values, for analysis.
+
+The decoder itself keeps none of it. `layer_states` runs the same layers, by the same functions, and hands out what
+goes by.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from fam_jax.call import check_call
+from fam_jax.config import DecoderConfig
+from fam_jax.decoder import _climb_all, _Layers, _through_layers
+from fam_jax.fam import FamInputs
+from fam_jax.layer import layer
+from fam_jax.ops import accumulation_dtype, rms_norm
+from fam_jax.plan import make_plan
+from fam_jax.sublayers import LayerParams, cast, project
+from lime_jax import Mixer, make_mixer
+from lime_jax.depth import NO_DEPTH
+from lime_jax.mixer import shape_of
+
+
+class LayerStates(NamedTuple):
+    """States of all layers at every token; those of padding mean nothing.
+
+    Attributes:
+        hidden: What each layer's norm reads, which without mixing is the residual stream: the embeddings, the outputs
+            of the layers before the last, and the input of the final norm: [l + 1, b, t, d].
+        values: Values that each layer projects from its own input: [l, b, t, g, k].
+        mixed: Values that its attention reads; the same without a mixer of values: [l, b, t, g, k].
+        ff_inputs: What the feed-forward's mixer of "dynamic_views" reads: [l, b, t, d]. None with others, and in the
+            parallel block, where it is `hidden`.
+        logits: As the decoder's: [b, t, v].
+    """
+
+    hidden: Array
+    values: Array
+    mixed: Array
+    ff_inputs: Array | None
+    logits: Array
+
+
+def layer_states(
+    config: DecoderConfig, params: Any, tokens: ArrayLike, lengths: ArrayLike | None = None
+) -> LayerStates:
+    """Reads texts from their beginning and returns what all layers hold. A pure function.
+
+    Args:
+        config: The decoder's.
+        params: Its parameters, the "params" of its variables.
+        tokens: Ids: int32 [b, t].
+        lengths: Real tokens of each row, the rest being padding on the right: int32 [b]. None: all.
+
+    Raises:
+        ValueError: See `Decoder.__call__`.
+    """
+    call = check_call(config, tokens, None, lengths, None, None, False)
+    batch, time = call.tokens.shape
+    plan, layout = make_plan(config, call, key=None, rsp_valid=None)
+    dtype = jnp.dtype(config.dtype)
+    mixer = make_mixer(config.mixing, shape_of(config))
+    plain = Mixer(None, mixer.shape)
+    mixing = params.get("mixing", {})
+    own = {field.name: params["layers"].get(field.name) for field in dataclasses.fields(LayerParams)}
+    layer_params = cast(LayerParams(**own), dtype)
+    layer_params = dataclasses.replace(layer_params, mixing=mixer.effective(mixing.get("layers", {})))
+    inputs = None
+    if config.fam_length:
+        prompts = _climb_all(config, mixer, layer_params, params["fam_prompt"].astype(dtype), plan)
+        inputs = FamInputs(prompts, None, None, None)
+
+    def body(plan, carry, xs, depths):
+        one, memory = xs
+        depth = depths.get("tokens", NO_DEPTH)
+        x, _ = mixer.enter(one.params.mixing, carry, depth, 0)
+        held = {
+            "hidden": x,
+            "values": project(config, plain, one.params, x, NO_DEPTH)[2],
+            "mixed": project(config, mixer, one.params, x, depth)[2],
+        }
+        carry, _, _, slots = layer(config, mixer, one.params, carry, memory, one.inputs, plan, depths)
+        if mixer.mixes_ff and mixer.per_layer == 2:
+            held["ff_inputs"] = slots["tokens"][1]
+        return carry, slots, held
+
+    embed = params["embed"].astype(dtype)
+    x = embed[jnp.take_along_axis(call.tokens, layout.source.reshape(batch, -1), axis=1)]
+    x = x.reshape(*layout.source.shape, config.d_model)
+    rows = {"tokens": x.shape[:3]}
+    if config.fam_length and mixer.mixes_rows:
+        rows["fam"] = (*x.shape[:2], config.fam_length)
+    layers = (_Layers(layer_params, inputs), call.state.layers)
+    carry, banks, held = _through_layers(
+        config, mixer, layer_params.mixing, body, plan, mixer.open(x), layers, rows, {"tokens": x}
+    )
+    last = mixer.close(mixing.get("final", {}), carry, banks.get("tokens"))
+    held["hidden"] = jnp.concatenate([held["hidden"], last[None]])
+
+    def flat(states: Array) -> Array:
+        """[l, b, n, w, ...] as [l, b, t, ...]: rows begin a document, so their tokens stand in order."""
+        return states.reshape(*states.shape[:2], -1, *states.shape[4:])[:, :, :time]
+
+    held = {name: flat(states) for name, states in held.items()}
+    unembed = embed.T if config.tie_embeddings else params["unembed"].astype(dtype)
+    normed = rms_norm(held["hidden"][-1], params["final_norm"], config.norm_eps)
+    logits = jnp.einsum("btd,dv->btv", normed, unembed, preferred_element_type=accumulation_dtype(dtype))
+    return LayerStates(**{"ff_inputs": None, **held}, logits=logits)
