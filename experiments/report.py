@@ -22,6 +22,7 @@ from scipy import stats
 from experiments import results
 from experiments.command import run_command
 from experiments.results import Result, ResultError
+from lime_jax.analysis import plot_matrix
 
 COLUMNS = 10  # most values of x in a table; a plot shows all
 
@@ -38,6 +39,8 @@ class Kind:
         log: Whether the x axis is logarithmic.
         y_range: Limits of the y axis; None fits the data.
         decimals: Of y in tables.
+        heat: Whether the plot shows y as colours, a row per label and a column per x, instead of lines.
+        text: Name of a list of words that belong to y; None has none.
     """
 
     x: str
@@ -47,8 +50,11 @@ class Kind:
     log: bool
     y_range: tuple[float, float] | None
     decimals: int
+    heat: bool = False
+    text: str | None = None
 
 
+_SHARE = "share of the absolute router weight"
 KINDS = {
     "passkey": Kind("blocks", "accuracy", "length in blocks", "exact match", True, (-0.03, 1.03), 3),
     "loss-by-position": Kind(
@@ -66,6 +72,14 @@ KINDS = {
     "answers-by-step": Kind("step", "accuracy", "training step", "answers right", False, (-0.03, 1.03), 3),
     "layer-memory": Kind("layers", "states", "layers", "temporary memory per layer, in layer states", False, None, 1),
     "layer-time": Kind("layers", "ratio", "layers", "step time relative to the first", False, None, 3),
+    "entropy": Kind("layer", "entropy", "layer", "matrix Renyi entropy in nats", False, None, 3),
+    "probes": Kind("layer", "accuracy", "layer", "accuracy of linear probes", False, None, 3),
+    "routers": Kind("source", "share", "source layer", _SHARE, False, None, 3, heat=True),
+    "depth-circuits": Kind("layer", "share", "layer", _SHARE, False, (-0.03, 1.03), 3),
+    "semantic-circuits": Kind(
+        "rank", "weight", "rank of the token", "router weight", False, None, 3, heat=True, text="token"
+    ),
+    "pruning": Kind("p", "loss", "share of each head's weight kept", "loss in nats per token", False, None, 4),
     "training": Kind("step", "loss", "training step", "loss in nats per token", False, None, 3),
 }
 
@@ -80,6 +94,7 @@ class Line:
         mean: Mean of y at each x over the seeds that have it.
         half: Half the width of the 95 % interval of the mean (Student's t); NaN with one seed.
         seeds: Number of curves.
+        words: What stands for y at each x, of the first seed; None if the kind has no words.
     """
 
     label: str
@@ -87,6 +102,7 @@ class Line:
     mean: np.ndarray
     half: np.ndarray
     seeds: int
+    words: dict[float, str] | None = None
 
 
 def lines(result: Result) -> list[Line]:
@@ -100,16 +116,19 @@ def lines(result: Result) -> list[Line]:
     if not isinstance(curves, list) or not curves:
         raise ResultError(f"{result.name}: field 'values.curves' must be a list of at least one curve")
     groups: dict[str, list[dict[float, float]]] = {}
+    words: dict[str, dict[float, str]] = {}
     for index, curve in enumerate(curves):
         where = f"{result.name}: field 'values.curves[{index}]"
-        for field in ("label", kind.x, kind.y):
+        for field in filter(None, ("label", kind.x, kind.y, kind.text)):
             if not isinstance(curve, dict) or field not in curve:
                 raise ResultError(f"{where}.{field}' is missing; results of kind {result.kind!r} need it")
         if len(curve[kind.x]) != len(curve[kind.y]):
             raise ResultError(f"{where}': {kind.x} and {kind.y} differ in length")
         y = [np.nan if value is None else float(value) for value in curve[kind.y]]
         groups.setdefault(curve["label"], []).append(dict(zip(curve[kind.x], y, strict=True)))
-    return [_average(label, group) for label, group in groups.items()]
+        if kind.text is not None:
+            words.setdefault(curve["label"], dict(zip(curve[kind.x], curve[kind.text], strict=True)))
+    return [dataclasses.replace(_average(label, group), words=words.get(label)) for label, group in groups.items()]
 
 
 def table(result: Result) -> str:
@@ -122,7 +141,8 @@ def table(result: Result) -> str:
     for row in rows:
         at = {x: (mean, half) for x, mean, half in zip(row.x, row.mean, row.half, strict=True)}
         label = row.label if row.seeds == 1 else f"{row.label} ({row.seeds} seeds)"
-        cells.append([label, *(_cell(at.get(x), kind.decimals) for x in xs)])
+        texts = {} if row.words is None else {x: f"{_escape(word)} " for x, word in row.words.items()}
+        cells.append([_escape(label), *(texts.get(x, "") + _cell(at.get(x), kind.decimals) for x in xs)])
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
 
@@ -137,10 +157,15 @@ def plot(result: Result, path: str | Path) -> Path:
     """Draws the result; the suffix of `path` picks the format. Returns the path."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-    kind = _kind(result)
+    kind, rows = _kind(result), lines(result)
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    for row in lines(result):
+    if kind.heat:
+        figure.set_size_inches(10.0 if kind.text else 6.4, min(max(4.0, 0.2 * len(rows)), 12.0))
+        figure.colorbar(_heat(kind, rows, axes), label=kind.y_label)
+        axes.set(xlabel=kind.x_label, title=result.name)
+        return _save(figure, path)
+    for row in rows:
         label = row.label if row.seeds == 1 else f"{row.label} (mean of {row.seeds} seeds, 95 %)"
         marker = "o" if len(row.x) <= 40 else None
         (drawn,) = axes.plot(row.x, row.mean, marker=marker, markersize=4, label=label)
@@ -159,10 +184,7 @@ def plot(result: Result, path: str | Path) -> Path:
     axes.set(xlabel=kind.x_label, ylabel=kind.y_label, title=result.name)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=150)
-    return target
+    return _save(figure, path)
 
 
 def circumstances(result: Result) -> str:
@@ -272,6 +294,32 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _heat(kind: Kind, rows: Sequence[Line], axes: Any) -> Any:
+    """Draws lines as rows of colours; what a line does not have is blank."""
+    xs = sorted({float(x) for row in rows for x in row.x})
+    values = np.full((len(rows), len(xs)), np.nan)
+    texts = [[""] * len(xs) for _ in rows]
+    for number, row in enumerate(rows):
+        places = np.searchsorted(xs, row.x)
+        values[number, places] = row.mean
+        for x, word in (row.words or {}).items():
+            texts[number][xs.index(x)] = word
+    columns = [f"{x:,.6g}" for x in xs]
+    return plot_matrix(values, [row.label for row in rows], columns, axes, texts if kind.text else None)
+
+
+def _save(figure: Any, path: str | Path) -> Path:
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=150)
+    return target
+
+
+def _escape(text: str) -> str:
+    """Text for a cell of a Markdown table."""
+    return text.replace("|", "\\|")
 
 
 def _kind(result: Result) -> Kind:
