@@ -147,7 +147,7 @@ def _heads(mixer: Mixer, params: Params, rows: Array, scale: Array | float, live
     """Weights [n, h, j] of rows [n, d], if `live` slots may be read."""
     normed = unit(rows, mixer.shape.norm_eps) * scale
     if isinstance(mixer, DynamicKV):
-        return jnp.einsum("nd,dhj->nhj", normed, params["token"])
+        return wide(jnp.einsum("nd,dhj->nhj", normed, params["token"]))
     assert isinstance(mixer, DynamicHidden)
     scores = wide(jnp.einsum("nd,dhj->jnh", normed, params["project"]))
     return jnp.moveaxis(mixer._weights(scores, params, Depth(None, live, 0)), 0, -1)
