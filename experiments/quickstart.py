@@ -69,7 +69,7 @@ def parts(options: Options) -> dict[str, Part]:
     """The three models, by the label that tables give them."""
     fam, bswa, text = (configs.get(name) for name in ("passkey", "passkey_bswa", "lm"))
     blocks: tuple[int, ...] = (4,) if options.smoke else (4, 6, 12)
-    steps = 4 if options.smoke else 600
+    steps = 4 if options.smoke else 900
 
     def passkey(config: TrainConfig) -> TrainConfig:
         assert isinstance(config.data, PasskeyData)

@@ -34,7 +34,7 @@ def test_lists_are_tokens_too(variables):
 
 @pytest.mark.parametrize("bad", [11, -1])
 def test_ids_outside_the_vocabulary_are_refused_where_they_are_known(variables, bad):
-    with pytest.raises(ValueError, match=f"the id {bad}, but the vocabulary has 11"):
+    with pytest.raises(ValueError, match=f"token id {bad} is outside the vocabulary of 11 ids"):
         MODEL.apply(variables, jnp.array([[1, bad]]))
 
 

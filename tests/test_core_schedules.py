@@ -36,8 +36,8 @@ def x64():
 
 
 @functools.cache
-def values_and_gradients(config):
-    """Logits, next FAM, and gradients by the parameters and every array of a passed state; call under x64."""
+def values_and_gradients(config, params_of=params_of):
+    """Logits, next FAM, and gradients by the parameters and every array of a passed state."""
     params = params_of(config)
     # A state with a past of more than a block and, in each row, an open block of another length.
     first = runner(dataclasses.replace(config, schedule="layer", remat=False, scan_layers=True))
@@ -90,11 +90,20 @@ def test_layer_and_block_schedule_agree_in_values_and_gradients(name, x64):
         assert np.any(leaf != 0), f"no gradient reaches {jax.tree_util.keystr(path)}"
 
 
-def test_schedules_agree_in_float32():
-    layer, block = (fam_config(dtype="float32", param_dtype="float32", schedule=name) for name in ("layer", "block"))
-    one, two = (runner(config)(params_of(layer), TOKENS) for config in (layer, block))
-    assert_close(one.logits, two.logits, 1e-5)
-    assert_close(one.state.fam, two.state.fam, 1e-5)
+def initial(config):
+    """The parameters that training starts from; the same for both schedules."""
+    return quick_jit(Decoder(dataclasses.replace(config, schedule="layer")).init)(jax.random.key(1), TOKENS)["params"]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("name", ["fam", "fam, two segments, stopped", "bswa"])
+def test_schedules_agree_in_lower_precision(name, dtype, bound):
+    """With the model's own initial weights: larger ones amplify rounding beyond what the tolerance is for."""
+    config = dataclasses.replace(CASES[name], dtype=dtype, param_dtype="float32")
+    layer = values_and_gradients(dataclasses.replace(config, schedule="layer"), initial)
+    block = values_and_gradients(dataclasses.replace(config, schedule="block"), initial)
+    assert layer["values"][0].dtype == np.float32
+    assert_trees_close(layer, block, bound)
 
 
 @pytest.mark.parametrize(

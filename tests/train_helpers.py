@@ -102,9 +102,11 @@ train(config, progress=False, callback=kill if int(sys.argv[2]) else None)
 
 
 def train_process(config: TrainConfig, kill_at: int = 0) -> subprocess.CompletedProcess:
-    """Trains in a process of its own, which is killed after a step if asked for."""
+    """Trains in a process of its own, compiled as for users, which is killed after a step if asked for."""
     command = [sys.executable, "-c", _PROCESS, json.dumps(to_json(config)), str(kill_at)]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment() | {"XLA_FLAGS": ""}, capture_output=True, text=True, timeout=300
+    )
 
 
 def restore(config: TrainConfig) -> Restored | None:
