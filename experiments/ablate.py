@@ -128,7 +128,7 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
 def _is_of(config: TrainConfig, result: results.Result) -> bool:
     """Whether a result is that of a config, wherever the run's files are."""
     now, then = to_json(config), result.config["train"]
-    return all(now[field] == then[field] for field in ("model", "data", "optim", "steps", "seed", "noise_warmup"))
+    return all(now[field] == then[field] for field in ("model", "data", "optim", "steps", "seed"))
 
 
 def main() -> int:

@@ -32,7 +32,6 @@ class TrainConfig:
         optim: Optimiser and schedule.
         steps: Updates in all.
         seed: Seed of the initial parameters and of all randomness of training. The data has its own.
-        noise_warmup: Steps over which FAM noise (model.memory.noise) grows from 0 to its full size, evenly.
         z_loss: Weight of the squared log-partition in the loss, which keeps logits from drifting; 0 is off.
         log_every: Steps from one line of metrics to the next.
         eval_every: Steps from one evaluation on the validation split to the next; 0 is never, else once more
@@ -49,7 +48,6 @@ class TrainConfig:
     steps: int
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     seed: int = 0
-    noise_warmup: int = 0
     z_loss: float = 0.0
     log_every: int = 10
     eval_every: int = 200
@@ -61,16 +59,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_types(self)
         minimum = {"steps": 1, "log_every": 1, "eval_steps": 1, "keep": 1}
-        for field in (
-            "steps",
-            "seed",
-            "noise_warmup",
-            "log_every",
-            "eval_every",
-            "eval_steps",
-            "checkpoint_every",
-            "keep",
-        ):
+        for field in ("steps", "seed", "log_every", "eval_every", "eval_steps", "checkpoint_every", "keep"):
             value, least = getattr(self, field), minimum.get(field, 0)
             if value < least:
                 raise ValueError(f"TrainConfig.{field}={value!r} is not allowed; it must be at least {least}")

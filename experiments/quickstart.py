@@ -196,11 +196,7 @@ def summary(passkey: results.Result, text: results.Result) -> str:
                     (f"nats per byte, bytes {lower:,} to {position:,} of a document", curve["label"], f"{loss:.3f}")
                 )
             lower = position + 1
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    return report.markdown(rows)
 
 
 def keep(result: results.Result, directory: Path) -> list[Path]:

@@ -143,10 +143,15 @@ def table(result: Result) -> str:
         label = row.label if row.seeds == 1 else f"{row.label} ({row.seeds} seeds)"
         texts = {} if row.words is None else {x: f"{_escape(word)} " for x, word in row.words.items()}
         cells.append([_escape(label), *(texts.get(x, "") + _cell(at.get(x), kind.decimals) for x in xs)])
+    return markdown(cells)
+
+
+def markdown(cells: Sequence[Sequence[str]]) -> str:
+    """Lines of cells, the heading first, as a Markdown table; all columns but the first are aligned to the right."""
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
 
-    def show(line: list[str]) -> str:
+    def show(line: Sequence[str]) -> str:
         padded = [line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)]
         return "| " + " | ".join(padded) + " |"
 

@@ -115,10 +115,7 @@ def make_train_step(
 
     def loss_fn(params: Any, state: TrainState, batch: Mapping[str, Array]) -> tuple[Array, Any]:
         key = jax.random.fold_in(state.key, state.step)
-        noise = {}
-        if config.noise_warmup:
-            noise["noise_scale"] = jnp.minimum(1.0, state.step / config.noise_warmup)
-        out = _apply(model, params, batch, state.stream, key=key, rsp=state.rsp, **noise)
+        out = _apply(model, params, batch, state.stream, key=key, rsp=state.rsp)
         metrics = means(token_sums(out.logits, batch["targets"], batch["weights"]))
         z2 = metrics.pop("z2")
         if config.z_loss:

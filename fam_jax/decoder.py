@@ -65,7 +65,6 @@ class Decoder(nn.Module):
         reset: Array | None = None,
         padded: Array | None = None,
         key: Array | None = None,
-        noise_scale: Array | float = 1.0,
         rsp: RSPState | None = None,
         aligned: bool = False,
     ) -> DecoderOutput:
@@ -82,7 +81,6 @@ class Decoder(nn.Module):
                 bool [b, ceil(t / block)]. Random State Passing does not store it.
             key: A random key turns on the randomness of training: FAM noise, Random State Passing and Random
                 Position Offset. None: evaluation.
-            noise_scale: FAM noise times this, so that it can grow in the course of training.
             rsp: The stored state of Random State Passing.
             aligned: The caller promises that no row has tokens in its open block, which saves the work of the
                 block that ragged offsets may need more. True anyway without a state.
@@ -121,14 +119,13 @@ class Decoder(nn.Module):
         if config.fam_length:
             prompts = _climb_all(config, mixer, layer_params, params["fam_prompt"].astype(dtype), plan)
             stored = None if rsp is None else jax.lax.stop_gradient(rsp.fam).astype(dtype)
-            noise_keys = noise = None
+            noise_keys = None
             if key is not None and config.memory is not None and config.memory.noise > 0:
                 noise_key = jax.random.fold_in(key, 2)
                 noise_keys = jax.vmap(lambda number: jax.random.fold_in(noise_key, number))(
                     jnp.arange(config.num_layers)
                 )
-                noise = jnp.broadcast_to(jnp.asarray(config.memory.noise * noise_scale), config.num_layers)
-            inputs = FamInputs(prompts, stored, noise_keys, noise)
+            inputs = FamInputs(prompts, stored, noise_keys)
         layers = _Layers(layer_params, inputs)
 
         source = layout.source.reshape(batch, -1)

@@ -32,13 +32,11 @@ class FamInputs(NamedTuple):
         prompt: The learned prompt as it arrives at this layer: [f, d].
         stored: The stored FAM of Random State Passing at this layer: [f, d]; None if the caller has none.
         noise_key: Key of this layer's FAM noise; None for no noise.
-        noise: Size of the noise, relative to the FAM.
     """
 
     prompt: Array
     stored: Array | None
     noise_key: Array | None
-    noise: Array | None
 
 
 def key_positions(memory: MemoryConfig, position: Array | None, fresh: Array) -> Array:
@@ -134,7 +132,7 @@ def _rms(fam: Array) -> Array:
     return jnp.sqrt(jnp.maximum(square, jnp.finfo(wide.dtype).tiny))
 
 
-def add_noise(fam: Array, size: Array | float, key: Array) -> Array:
+def add_noise(fam: Array, size: float, key: Array) -> Array:
     """FAM noise: adds Gaussian noise of `size` times the root mean square of each row of `fam` [b, f, d]."""
     scale = size * _rms(fam)
     return (fam + scale * jax.random.normal(key, fam.shape, scale.dtype)).astype(fam.dtype)
@@ -186,8 +184,8 @@ def scan_blocks(
         def compress():
             queries = rotate(q, query_positions(memory, position, fresh), config.rope_base)
             new = update(config, mixer, params, entering, fresh, queries, [own, Source(k, v)], here)
-            if inputs.noise_key is not None and inputs.noise is not None:
-                new = add_noise(new, inputs.noise, jax.random.fold_in(inputs.noise_key, index))
+            if inputs.noise_key is not None:
+                new = add_noise(new, memory.noise, jax.random.fold_in(inputs.noise_key, index))
             return new
 
         new = jax.lax.cond(jnp.any(complete), compress, lambda: fam) if skip_incomplete else compress()

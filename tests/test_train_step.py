@@ -192,22 +192,21 @@ def test_first_state(tmp_path, mode, rsp, has_stream, has_rsp):
     assert shapes.params["embed"].shape == (256, 16)
 
 
-def test_noise_grows_from_nothing(tmp_path):
-    """With noise_warmup the first step has no FAM noise, and one after the warm-up has all of it."""
+def test_noise_is_in_training_alone(tmp_path):
+    """FAM noise changes the loss of a training step, and not that of the evaluation."""
     base = tiny(tmp_path, mode="packed")
     tokens = np.arange(2 * 32, dtype=np.int32).reshape(2, 32)
     batch = {"tokens": tokens, "targets": tokens, "weights": np.ones((2, 32), np.float32)}
 
-    def losses(noise, **changes):
+    def losses(noise):
         memory = dataclasses.replace(base.model.memory, noise=noise, rsp=0.0)
-        config = dataclasses.replace(base, model=dataclasses.replace(base.model, memory=memory), **changes)
+        config = dataclasses.replace(base, model=dataclasses.replace(base.model, memory=memory))
         model, (optimizer, schedule) = Decoder(config.model), make_optimizer(config.optim, config.steps)
-        step, found = make_train_step(config, model, optimizer, schedule), []
-        for number in (0, 4):
-            state = create_state(config, model, optimizer).replace(step=jnp.int32(number))
-            found.append(float(step(state, batch)[1]["loss"]))
-        return found
+        state = create_state(config, model, optimizer)
+        sums, _ = make_eval_step(model)(state.params, batch, None)
+        _, metrics = make_train_step(config, model, optimizer, schedule)(state, batch)
+        return float(metrics["loss"]), float(means(sums)["loss"])
 
-    none, full, growing = losses(0.0), losses(0.5), losses(0.5, noise_warmup=4)
-    assert growing[0] == none[0] != full[0]
-    assert growing[1] == full[1] != none[1]
+    (train, evaluation), (noisy_train, noisy_evaluation) = losses(0.0), losses(0.5)
+    assert noisy_train != train
+    assert noisy_evaluation == evaluation
