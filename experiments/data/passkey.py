@@ -121,6 +121,11 @@ def _fixed_tokens(digits: int) -> int:
     return len(_words(f"{TASK} {KEY.format(key=key)} {QUESTION} {key}"))
 
 
+def _another(key: str) -> str:
+    """A number with one digit other than the key's: reversing it would not do for a palindrome."""
+    return key[:-1] + str((int(key[-1]) + 1) % 10)
+
+
 class Passkey:
     """Makes samples."""
 
@@ -173,7 +178,7 @@ class Passkey:
             sentence = FILLER[rng.integers(len(FILLER))]
             if rng.random() < _DECOY_SHARE:
                 decoy = "".join(map(str, rng.integers(0, 10, self.config.digits)))
-                sentence = DECOY.format(key=decoy if decoy != key else decoy[::-1])
+                sentence = DECOY.format(key=decoy if decoy != key else _another(key))
             parts.append(self.tokenizer.encode(sentence))
             have += len(parts[-1])
         return np.concatenate(parts)[:length]
@@ -208,11 +213,6 @@ class PasskeyBatches:
         if good and self._level < len(self._config.blocks):
             self._level += 1
             self._recent = []
-
-    @property
-    def longest(self) -> int:
-        """Longest length reached, in blocks."""
-        return self._config.blocks[self._level - 1]
 
     def get_state(self) -> dict:
         return {
