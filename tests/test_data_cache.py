@@ -204,7 +204,7 @@ def test_a_place_that_is_a_file(source, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train.bin", "train.npz", "manifest.json"])
-@pytest.mark.parametrize("damage", ["cut", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "flipped byte"])
 def test_damaged_prepared_files(tmp_path, name, damage):
     data_helpers.store(tmp_path, ["abc", "defg"])
     (path,) = tmp_path.glob(f"tokens/*/{name}")
@@ -212,12 +212,33 @@ def test_damaged_prepared_files(tmp_path, name, damage):
     path.unlink()
     if damage == "cut":
         path.write_bytes(content[: len(content) // 2])
+    if damage == "flipped byte":
+        at = content.index(b"sha256") if name == "manifest.json" else len(content) // 2
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     with pytest.raises(DataError, match=rf"is missing or damaged \(.*\): delete the directory {path.parent} and run"):
         data_helpers.store(tmp_path, ["abc", "defg"])
     for file in path.parent.iterdir():
         file.unlink()
     path.parent.rmdir()
     assert len(data_helpers.store(tmp_path, ["abc", "defg"])) == 2
+
+
+def test_a_flipped_byte_anywhere_is_noticed_or_changes_nothing(tmp_path):
+    def read():
+        store = data_helpers.store(tmp_path, ["abc", "defg"])
+        return store.names.tolist(), [store.read(document).tolist() for document in range(len(store))]
+
+    expected, noticed = read(), 0
+    for path in tmp_path.glob("tokens/*/train.*"):
+        content = path.read_bytes()
+        for at in range(len(content)):
+            path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+            try:
+                assert read() == expected, f"{path.name}, byte {at}"
+            except DataError:
+                noticed += 1
+        path.write_bytes(content)
+    assert noticed > 300  # others are dates and the like of the archive
 
 
 def test_damaged_prepared_text(source, tmp_path):

@@ -1,4 +1,4 @@
-"""Documents as token ids in memory-mapped files: tokenised once, opened in no time, never held in memory."""
+"""Documents as token ids in memory-mapped files: tokenised once, checked when opened, never held in memory."""
 
 from __future__ import annotations
 
@@ -34,6 +34,9 @@ class OpensCorpus(Protocol):
 class TokenStore:
     """The documents of one split, in order of their names.
 
+    Opening it reads the tokens once, which takes seconds per GB, to compare them with their hash: what a damaged byte
+    leaves is another token, which nothing else would notice.
+
     Attributes:
       names: of the documents, an array of strings [documents].
       lengths: tokens of every document, int64 [documents]; none is empty.
@@ -41,17 +44,23 @@ class TokenStore:
     """
 
     def __init__(self, directory: Path, split: str, described: Mapping[str, Any]):
-        path = directory / f"{split}.npz"
+        path, tokens = directory / f"{split}.npz", directory / f"{split}.bin"
         try:
             with np.load(path) as index:
                 self._starts, self.lengths, names = index["starts"], index["lengths"], index["names"]
-            self._tokens = np.memmap(directory / f"{split}.bin", np.dtype(described["dtype"]), "r")
+            self._tokens = np.memmap(tokens, np.dtype(described["dtype"]), "r")
+            with open(tokens, "rb") as file:
+                sha = hashlib.file_digest(file, "sha256")
+            count, self.sha256 = int(described["tokens"]), str(described["tokens_sha256"])
         except Exception as error:  # whatever NumPy and zipfile make of a damaged file
             raise damaged(path, error) from error
-        if self._tokens.size != described["tokens"] or int(self.lengths.sum()) != described["tokens"]:
+        if self._tokens.size != count or int(self.lengths.sum()) != count:
             raise damaged(path, "not all of the tokens are there")
+        written = np.argsort(self._starts)  # the order of names and lengths in the hash
+        sha.update(digest(names[written].tolist(), self.lengths[written].tolist()).encode())
+        if sha.hexdigest() != self.sha256:
+            raise damaged(tokens, "its tokens are not those that were written")
         self.names = names
-        self.sha256: str = described["tokens_sha256"]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -65,12 +74,22 @@ class TokenStore:
 
 
 class Tokens:
-    """A tokenised corpus: its splits and the manifest of what is in them."""
+    """A tokenised corpus: its splits and the manifest of what is in them.
+
+    Attributes:
+      manifest: what the corpus is made of.
+      splits: their names.
+      sha256: of the names and tokens of every split; the identity of the data.
+    """
 
     def __init__(self, directory: Path):
         self._directory = directory
         self.manifest = read_json(directory / "manifest.json")
-        self.splits: tuple[str, ...] = tuple(self.manifest["splits"])
+        try:
+            self.sha256 = {name: str(split["tokens_sha256"]) for name, split in self.manifest["splits"].items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise damaged(directory / "manifest.json", error) from error
+        self.splits = tuple(self.sha256)
 
     def split(self, name: str) -> TokenStore:
         """Opens a split.
