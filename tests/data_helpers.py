@@ -14,44 +14,52 @@ from experiments.data.identity import Identity
 from experiments.data.packed import PackedBatches
 from experiments.data.stream import StreamBatches
 from experiments.data.tokenizers import ByteTokenizer
-from experiments.data.tokens import TokenStore, tokenize
+from experiments.data.tokens import Tokens, TokenStore, tokenize
 
 
 @dataclasses.dataclass(frozen=True)
 class Lines:
-    """A source of given documents that needs no preparation."""
+    """A source of given documents that needs no preparation; its splits are the same unless told otherwise."""
 
     texts: tuple[str, ...]
+    validation: tuple[str, ...] | None = None
     name: str = "lines"
     folder: str = "lines"
 
     @functools.cached_property
     def key(self) -> str:
-        return digest(self.texts)
+        return digest(self.texts, self.validation)
 
     def open(self, directory: Path) -> Corpus:
-        def read(split):
-            return (Text(f"{i:03d}", text) for i, text in enumerate(self.texts))
+        texts = {"train": self.texts, "validation": self.texts if self.validation is None else self.validation}
 
-        splits = {"train": {"documents": len(self.texts)}, "validation": {"documents": len(self.texts)}}
-        counts = {split: len(self.texts) for split in splits}
+        def read(split):
+            return (Text(f"{i:03d}", text) for i, text in enumerate(texts[split]))
+
+        counts = {split: len(documents) for split, documents in texts.items()}
+        splits = {split: {"documents": count} for split, count in counts.items()}
         return Corpus({"source": self.name, "key": self.key, "splits": splits}, counts, read)
 
 
-def store(directory: Path, texts, split: str = "train", tokenizer=None) -> TokenStore:
+def tokens(directory: Path, texts, validation=None, tokenizer=None) -> Tokens:
     """The documents as tokens; bytes unless told otherwise."""
-    return tokenize(Lines(tuple(texts)), tokenizer or ByteTokenizer(), directory).split(split)
+    lines = Lines(tuple(texts), None if validation is None else tuple(validation))
+    return tokenize(lines, tokenizer or ByteTokenizer(), directory)
 
 
-def stream(directory: Path, texts, split: str = "train", **settings) -> StreamBatches:
-    tokens, config = store(directory, texts, split), TextData(**settings)
-    return StreamBatches(tokens, config, Identity.of(config, split, tokens))
+def store(directory: Path, texts, split: str = "train", tokenizer=None) -> TokenStore:
+    return tokens(directory, texts, tokenizer=tokenizer).split(split)
 
 
-def packed(directory: Path, texts, split: str = "train", tokenizer=None, **settings) -> PackedBatches:
+def stream(directory: Path, texts, split: str = "train", validation=None, **settings) -> StreamBatches:
+    data, config = tokens(directory, texts, validation), TextData(**settings)
+    return StreamBatches(data.split(split), config, Identity.of(config, split, data))
+
+
+def packed(directory: Path, texts, split: str = "train", validation=None, tokenizer=None, **settings) -> PackedBatches:
     tokenizer = tokenizer or ByteTokenizer()
-    tokens, config = store(directory, texts, split, tokenizer), TextData(mode="packed", **settings)
-    return PackedBatches(tokens, tokenizer, config, Identity.of(config, split, tokens))
+    data, config = tokens(directory, texts, validation, tokenizer), TextData(mode="packed", **settings)
+    return PackedBatches(data.split(split), tokenizer, config, Identity.of(config, split, data))
 
 
 def heed_interrupts():

@@ -196,6 +196,21 @@ def test_a_position_of_other_text_is_refused(tmp_path):
         other.set_state(state)
 
 
+@pytest.mark.parametrize("mode", [data_helpers.stream, data_helpers.packed])
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_position_beside_another_validation_text_is_refused(tmp_path, mode, split):
+    """What a run measures before and after it is continued must be losses of one text."""
+    state = mode(tmp_path, TEXTS, split, ["held out"], **SETTINGS).get_state()
+    mode(tmp_path, TEXTS, split, ["held out"], **SETTINGS).set_state(state)
+    other = mode(tmp_path, TEXTS, split, ["held off"], **SETTINGS)
+    what = "another text or tokenizer" if split == "validation" else "another validation text"
+    with pytest.raises(DataError, match=f"saved with {what}: go back"):
+        other.set_state(state)
+    if split == "train":
+        del state["data"]["validation"]  # as positions of older code
+        other.set_state(state)
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments.data.config import TextData
 from experiments.data.protocol import DataError
-from experiments.data.tokens import TokenStore
+from experiments.data.tokens import Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,11 +16,14 @@ class Identity:
 
     Attributes:
       content: the hash of names and tokens.
+      validation: the same of the validation split, so that the losses of one run are all measured on one text; None
+        if the source has none.
       seed: of all random choices. Validation always uses 0, so that runs with different seeds are compared on
         the same batches.
     """
 
     content: str
+    validation: str | None
     split: str
     mode: str
     seed: int
@@ -31,9 +34,10 @@ class Identity:
     repeat_weight: float
 
     @classmethod
-    def of(cls, config: TextData, split: str, store: TokenStore) -> Identity:
+    def of(cls, config: TextData, split: str, tokens: Tokens) -> Identity:
         return cls(
-            content=store.sha256,
+            content=tokens.sha256[split],
+            validation=tokens.sha256.get("validation"),
             split=split,
             mode=config.mode,
             seed=config.seed if split == "train" else 0,
@@ -57,11 +61,13 @@ class Identity:
         saved = state.get("data") if isinstance(state, dict) else None
         if not isinstance(saved, dict):
             raise DataError("this is no position in text data; restore a checkpoint that was saved with the same data")
+        # A position that was saved before the validation text was part of it goes with any.
         for name, value in self.fields().items():
-            if saved.get(name) != value:
-                what = f"{name}={saved.get(name)!r}, which is now {value!r}"
-                if name == "content":
-                    what = "another text or tokenizer"
+            before = saved.get(name, value if name == "validation" else None)
+            if before != value:
+                what = f"{name}={before!r}, which is now {value!r}"
+                if name in ("content", "validation"):
+                    what = "another text or tokenizer" if name == "content" else "another validation text"
                 raise DataError(
                     f"the data position was saved with {what}: go back to the settings and the text of that run, or "
                     "start anew, with --fresh or another --work-dir"

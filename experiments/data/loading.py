@@ -63,8 +63,8 @@ def load(config: TextData, split: str = "train") -> Batches:
       DataError: the text cannot be had, is none, or is too short.
       ValueError: there is no such split.
     """
-    store = _tokens(config).split(split)
-    identity = Identity.of(config, split, store)
+    tokens = _tokens(config)
+    store, identity = tokens.split(split), Identity.of(config, split, tokens)
     if config.mode == "stream":
         return StreamBatches(store, config, identity)
     from experiments.data.packed import PackedBatches  # imports grain, which streams do without
