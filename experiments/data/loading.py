@@ -52,8 +52,8 @@ class Documents:
 def load(config: TextData, split: str = "train") -> Batches:
     """Endless batches of a split. The text is prepared and tokenised first if that has not been done.
 
-    The batches are global: in a multi-host job every process draws the same one and keeps its own rows. Those
-    of the training split depend on `config.seed`, those of other splits do not.
+    Batches are a function of the config and the text alone: every process that asks draws the same ones, all rows
+    of them. Those of the training split depend on `config.seed`, those of other splits do not.
 
     Args:
       config: what to read and how.

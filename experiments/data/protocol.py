@@ -24,7 +24,7 @@ class DataError(ValueError):
 class Batches(Protocol):
     """An endless iterator whose next batch is a pure function of its config and its state.
 
-    Every process of a multi-host job can draw the same global batch and keep its own rows.
+    Every process draws the same batches, all rows of them.
     A curriculum has one more method, `observe(metrics)`, called after every step with that step's metrics.
     """
 
