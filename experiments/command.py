@@ -1,4 +1,4 @@
-"""What command lines share: how they end, and names that stand for modules."""
+"""What command lines share: how they end, names that stand for modules, and folders for what they write."""
 
 import ast
 import os
@@ -14,6 +14,29 @@ def modules(package: ModuleType) -> dict[str, str]:
     files = sorted(path for path in Path(package.__path__[0]).glob("*.py") if not path.stem.startswith("_"))
     docs = {path.stem: ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) for path in files}
     return {name: (text or "").partition("\n")[0] for name, text in docs.items()}
+
+
+def make_folder(folder: Path, option: str) -> Path:
+    """Makes a folder for files to come, with those above it, unless it is there.
+
+    Args:
+        folder: Its path.
+        option: What the caller calls it, for the message.
+
+    Raises:
+        ValueError: A file is in the way, or it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(folder, os.W_OK) else "it may not be written to"
+    except (FileExistsError, NotADirectoryError):
+        paths = (folder, *folder.parents)
+        reason = f"{next(path for path in paths if os.path.lexists(path) and not path.is_dir())} is no folder"
+    except OSError as error:
+        reason = str(error.strerror)
+    if reason is not None:
+        raise ValueError(f"{option}={str(folder)!r} cannot be used: {reason}; give another folder")
+    return folder
 
 
 def run_command(main: Callable[[], int]) -> NoReturn:

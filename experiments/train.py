@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from experiments import configs, results
 from experiments.checkpoint import CheckpointError, Checkpoints
-from experiments.command import run_command
+from experiments.command import make_folder, run_command
 from experiments.config import TrainConfig, check
 from experiments.data import Batches, TextData, load, manifest
 from experiments.data.passkey import PasskeyBatches
@@ -88,39 +88,39 @@ def train(
             returns. Returning True ends the run there, with a checkpoint.
 
     Raises:
-        ValueError: The parts of the config do not fit together; see `experiments.config.check`.
-        DataError: The data cannot be used.
+        ValueError: The parts of the config do not fit together, see `experiments.config.check`, or the folder
+            cannot be made.
+        DataError: The data cannot be used, or it is not that of the run to continue.
         CheckpointError: The folder holds another run, or a checkpoint cannot be read or written.
         NonFiniteError: The loss or the gradient is not finite. The last good checkpoint stays.
         BusyError: Another process is training in the same folder.
     """
     check(config)
-    directory = config.directory
     with contextlib.ExitStack() as stack:
-        if fresh and directory.exists():
-            aside = set_aside(directory)
-            if progress:
-                print(f"the earlier run is now in {aside}")
-        directory.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(only_process(directory))
-        return _Run(config, progress, callback, stack).loop()
+        return _Run(config, fresh, progress, callback, stack).loop()
 
 
 class _Run:
     """One process's part of a run."""
 
-    def __init__(self, config: TrainConfig, progress: bool, callback: Callback | None, stack: contextlib.ExitStack):
+    def __init__(
+        self, config: TrainConfig, fresh: bool, progress: bool, callback: Callback | None, stack: contextlib.ExitStack
+    ):
         self.config, self.progress, self.callback = config, progress, callback
         self.model = Decoder(config.model)
         optimizer, schedule = make_optimizer(config.optim, config.steps)
         self.train_step = make_train_step(config, self.model, optimizer, schedule)
         self.eval_step = make_eval_step(self.model)
-        self.checkpoints = Checkpoints(config.directory / "checkpoints", config.keep)
-        # Whatever is wrong with the data shows here, before anything is compiled.
+        create = functools.partial(create_state, config, self.model, optimizer)
+        shapes = jax.eval_shape(create)
+        # Whatever is wrong with the data shows here, before anything is compiled and before the folder is touched.
         self.batches = load_data(config.data, "train")
         self.validation = load_data(config.data, "validation") if config.eval_every else None
         self.validation_start = self.validation.get_state() if self.validation is not None else {}
-        self.start, self.state = self._begin(functools.partial(create_state, config, self.model, optimizer))
+        self.stop = stack.enter_context(stop_signals())  # an interrupt that is raised while XLA compiles can get lost
+        self._take_folder(fresh, stack)
+        self.checkpoints = Checkpoints(config.directory / "checkpoints", config.keep)
+        self.start, self.state = self._begin(create, shapes)
         self.log = stack.enter_context(contextlib.closing(MetricsLog(config.directory, self.start)))
         self.bar = stack.enter_context(
             tqdm(
@@ -133,20 +133,28 @@ class _Run:
                 mininterval=0.2 if sys.stderr.isatty() else 30.0,
             )
         )
-        self.stop = stack.enter_context(stop_signals())
         self.throughput = Throughput()
         self.metrics: dict[str, float] = {}
         self.validation_metrics: dict[str, float] = {}
+
+    def _take_folder(self, fresh: bool, stack: contextlib.ExitStack) -> None:
+        """Makes the run's folder, after moving an earlier run aside if asked to, and holds it."""
+        directory = self.config.directory
+        if fresh and directory.is_dir():
+            self._say(f"the earlier run is now in {set_aside(directory)}")
+        make_folder(directory, "work_dir")
+        stack.enter_context(only_process(directory))
 
     def _say(self, text: str) -> None:
         if self.progress:
             tqdm.write(text)  # keeps clear of the progress bar
 
-    def _begin(self, create: Callable[[], TrainState]) -> tuple[int, TrainState]:
+    def _begin(self, create: Callable[[], TrainState], shapes: TrainState) -> tuple[int, TrainState]:
         """The step and state to go on from; also says what this run is and writes run.json."""
         config, say = self.config, self._say
-        shapes = jax.eval_shape(create)
         restored = self.checkpoints.restore(shapes.params, _rest(shapes), config)
+        if restored is not None:
+            self.batches.set_state(restored.data)  # refuses other data, before run.json would name it
         size = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
         device = jax.devices()[0]
         say(f"{config.name}: {size / 1e6:,.2f}M parameters on {device.device_kind} ({device.platform})")
@@ -161,7 +169,6 @@ class _Run:
                 say("  so the learning rate now decays over other steps; optim.decay_steps would fix them")
         say(f"continuing after step {restored.step:,} of {config.steps:,}")
         _write_run(config)
-        self.batches.set_state(restored.data)
         return restored.step, TrainState(params=restored.params, **restored.rest)
 
     def loop(self) -> TrainResult:

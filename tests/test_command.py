@@ -1,4 +1,4 @@
-"""What command lines share: interruption, and settings of the wrong type."""
+"""What command lines share: interruption, settings of the wrong type, and folders that cannot be made."""
 
 import dataclasses
 import math
@@ -13,6 +13,7 @@ import pytest
 from data_helpers import heed_interrupts
 
 from experiments import configs
+from experiments.command import make_folder
 from experiments.data import TextData
 from experiments.data.passkey import PasskeyData
 from experiments.optim import OptimConfig
@@ -47,6 +48,19 @@ def test_a_run_setting_of_the_wrong_type(field, value):
 
 def test_an_integer_is_a_number():
     assert OptimConfig(learning_rate=1).learning_rate == 1
+
+
+def test_folders_that_cannot_be_made(tmp_path, monkeypatch):
+    assert make_folder(tmp_path / "a" / "b", "output").is_dir()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for path, reason in (("file", "file is no"), ("file/x/y", "file is no"), ("link", "link is no")):
+        message = rf"output='{tmp_path / path}' cannot be used: {tmp_path}/{reason} folder; give another folder"
+        with pytest.raises(ValueError, match=message):
+            make_folder(tmp_path / path, "output")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="it may not be written to"):
+        make_folder(tmp_path, "output")
 
 
 @pytest.mark.parametrize("command", ["train --config passkey", "quickstart --smoke"])

@@ -23,6 +23,7 @@ from train_helpers import (
 import experiments.train
 from experiments.checkpoint import CheckpointError, load_model
 from experiments.config import TrainConfig
+from experiments.data import DataError
 from experiments.metrics import MetricsLog, Throughput, read_metrics
 from experiments.optim import OptimConfig
 from experiments.process import BusyError, only_process
@@ -103,6 +104,39 @@ def test_fresh_moves_the_old_run_aside(tmp_path, capsys):
     assert "a new run of 2 steps" in shown.out
     train(config)
     assert "nothing is left to do: 2 of 2 steps" in capsys.readouterr().out
+
+
+def test_bad_data_leaves_the_work_folder_as_it_was(tmp_path):
+    config = plain(tmp_path, steps=2)
+    train(config, progress=False)
+    bad = dataclasses.replace(config, data=dataclasses.replace(config.data, source="text:nowhere/*"))
+    with pytest.raises(DataError, match="no file matches"):
+        train(bad, progress=False, fresh=True)
+    assert restore(config).step == 2
+    assert not (tmp_path / "run.old-1").exists()
+    with pytest.raises(DataError, match="no file matches"):
+        train(dataclasses.replace(bad, work_dir=str(tmp_path / "new")), progress=False)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_refused_resume_changes_no_file(tmp_path):
+    config = plain(tmp_path, steps=2)
+    train(config, progress=False)
+    before = {path: path.read_bytes() for path in config.directory.rglob("*") if path.is_file()}
+    with (tmp_path / "text" / "00.txt").open("a") as file:
+        file.write("other text")
+    with pytest.raises(DataError):
+        train(dataclasses.replace(config, steps=3), progress=False)
+    assert {path: path.read_bytes() for path in config.directory.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("fresh", [[], ["--fresh"]])
+@pytest.mark.parametrize("work_dir", ["file", "file/below"])
+def test_a_file_where_the_work_folder_should_be(tmp_path, capsys, work_dir, fresh):
+    (tmp_path / "file").touch()
+    assert main(["--config", "passkey", "--work-dir", str(tmp_path / work_dir), *fresh]) == 2
+    message = f"work_dir='{tmp_path / work_dir}' cannot be used: {tmp_path / 'file'} is no folder; give another folder"
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_changes_are_announced(tmp_path, capsys):
