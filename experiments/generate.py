@@ -168,7 +168,7 @@ class Options:
     Attributes:
         checkpoint: Folder of a run, or one checkpoint in it.
         prompt: The text to continue; this or prompt-file.
-        prompt_file: A UTF-8 text file of any length.
+        prompt_file: A UTF-8 text file or pipe of any length, such as /dev/stdin.
         max_new_tokens: Length of the answer, which may end before at an end of text.
         temperature: 0 takes the most likely token each time; above, samples.
         top_k: Sample among the k most likely tokens only.
@@ -196,9 +196,12 @@ def run(options: Options) -> Answer:
         CheckpointError: see `load_model`.
     """
     _check(options)
+    characters: int | None = None
     if options.prompt_file is not None:
-        characters = sum(map(len, text_pieces(options.prompt_file)))  # a wrong file is told before the model loads
         texts = text_pieces(options.prompt_file)
+        # A wrong file is told before the model loads; a pipe can be read only once.
+        if options.prompt_file.is_file() or not options.prompt_file.exists():
+            characters = sum(map(len, text_pieces(options.prompt_file)))
     else:
         assert options.prompt is not None
         if not options.prompt:

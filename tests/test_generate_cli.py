@@ -127,6 +127,21 @@ def test_command_answers_on_standard_output_only(run, tmp_path, monkeypatch, cap
     assert "read 1 tokens" in short[2]
 
 
+def test_a_pipe_is_a_prompt_too(run):
+    """As typed: the standard input of a process of its own, which can be read only once."""
+    model, variables = tiny_run.init(tiny_run.model_config())
+    expected = command.continue_text(model, variables, BYTES, ["some text\n" * 20], 6, chunk=16)
+    words = ["--checkpoint", run, "--prompt-file", "/dev/stdin", "--max-new-tokens", "6", "--chunk", "16"]
+    for text, code, out, err in (
+        ("some text\n" * 20, 0, expected.text.encode() + b"\n", b"read 200 tokens, wrote 6"),
+        ("", 2, b"", b"error: /dev/stdin: empty; a prompt needs some text\n"),
+    ):
+        process = [sys.executable, "-m", "experiments.generate", *words]
+        done = subprocess.run(process, cwd=ROOT, input=text.encode(), capture_output=True)
+        assert (done.returncode, done.stdout) == (code, out)
+        assert err in done.stderr
+
+
 def test_sampling_repeats_with_its_seed(run, monkeypatch, capsys):
     options = ["--checkpoint", run, "--prompt", "abc", "--max-new-tokens", 12, "--chunk", 16]
     options += ["--temperature", 1.5, "--top-p", 0.99]
