@@ -102,6 +102,11 @@ def check(config: TrainConfig) -> None:
                 "every training batch is of new samples; set eval_every to 0 and measure with "
                 "experiments.evaluate"
             )
+        if memory is not None and memory.block_size != data.block_size:
+            raise ValueError(
+                f"data.block_size={data.block_size} and model.memory.block_size={memory.block_size} differ, but "
+                "PassKey counts its lengths in the blocks of the model; set both to the same value"
+            )
     else:
         vocabulary, what, shortest = data.vocab_size, f"the {data.task().tokenizer.name} task", data.length
     if config.model.vocab_size < vocabulary:

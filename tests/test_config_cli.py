@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from train_helpers import ROOT, tiny
+from train_helpers import ROOT, tiny, with_model
 
 import experiments.train
 from experiments import configs
@@ -149,8 +149,17 @@ def test_overrides_of_questions():
     )
 
 
+def test_passkey_counts_in_the_blocks_of_the_model(tmp_path):
+    config = dataclasses.replace(tiny(tmp_path), data=PasskeyData(block_size=16))
+    with pytest.raises(ValueError, match=r"data.block_size=16 and model.memory.block_size=8 differ, but PassKey"):
+        check(config)
+    check(with_model(config, memory=MemoryConfig(block_size=16)))
+    check(with_model(config, memory=None))  # full attention has no blocks
+
+
 def test_passkey_has_no_validation_split(tmp_path):
-    config = dataclasses.replace(tiny(tmp_path), data=PasskeyData())
+    config = with_model(tiny(tmp_path), memory=None)
+    config = dataclasses.replace(config, data=PasskeyData())
     check(config)
     with pytest.raises(ValueError, match="eval_every=5 is not allowed: PassKey has no validation split"):
         check(dataclasses.replace(config, eval_every=5))

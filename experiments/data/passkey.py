@@ -64,7 +64,8 @@ class PasskeyData:
     """PassKey samples with a curriculum over lengths.
 
     Attributes:
-      block_size: tokens of a block; lengths are counted in blocks, the question and its answer included.
+      block_size: tokens of a block, that of the model if it has a memory; lengths are counted in blocks, the question
+        and its answer included.
       blocks: lengths of the curriculum, shortest first. Each batch draws one of those reached so far.
       threshold: exact match at the longest length reached, mean over ten batches, that adds the next length.
       digits: of the pass key.
