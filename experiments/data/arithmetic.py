@@ -131,8 +131,8 @@ def _pairs(reading: str) -> _Pairs:
     operator, operands = np.nonzero(good)
     key = operator * numbers + value[good]
     operands = operands[np.argsort(key, kind="stable")]
-    count = np.bincount(key, minlength=len(_RANKS) * numbers)
-    start, count = (each.reshape(-1, numbers) for each in (np.cumsum(count) - count, count))
+    count = np.bincount(key, minlength=len(_RANKS) * numbers).reshape(-1, numbers)
+    start = np.cumsum(count).reshape(count.shape) - count
     return _Pairs(a[operands], b[operands], start, count, np.argsort(count == 0, axis=0, kind="stable").T)
 
 
