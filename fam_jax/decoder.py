@@ -16,7 +16,7 @@ from fam_jax.config import DecoderConfig
 from fam_jax.fam import FamInputs, climb
 from fam_jax.layer import layer
 from fam_jax.ops import accumulation_dtype, rms_norm
-from fam_jax.plan import Plan, make_plan
+from fam_jax.plan import Layout, Plan, make_plan
 from fam_jax.state import LayerMemory, RSPState, StreamState
 from fam_jax.sublayers import LayerParams, cast
 from lime_jax import Mixer, make_mixer, run_layers
@@ -39,7 +39,7 @@ class DecoderOutput:
     rsp: RSPState | None
 
 
-class _Layers(NamedTuple):
+class Layers(NamedTuple):
     """Everything that differs from layer to layer, stacked; `None` without a FAM."""
 
     params: LayerParams
@@ -95,53 +95,27 @@ class Decoder(nn.Module):
                 gets NaN logits instead.
         """
         config = self.config
-        dtype = jnp.dtype(config.dtype)
         params = self._params()
         call = check_call(config, tokens, state, lengths, reset, padded, aligned)
         batch, time = call.tokens.shape
         if self.is_initializing():  # the parameters are declared; reading the tokens would only cost time
-            logits = jnp.zeros((batch, time, config.vocab_size), accumulation_dtype(dtype))
+            logits = jnp.zeros((batch, time, config.vocab_size), accumulation_dtype(jnp.dtype(config.dtype)))
             return DecoderOutput(logits=logits, state=call.state, rsp=rsp)
         if rsp is not None and not config.fam_length:
             raise ValueError("rsp was given, but this model has no FAM to start from it; leave it out")
 
-        plan, layout = make_plan(
-            config,
-            call,
-            key=key,
-            rsp_valid=None if rsp is None else rsp.valid,
-        )
-        inputs = None
+        plan, layout = make_plan(config, call, key=key, rsp_valid=None if rsp is None else rsp.valid)
         mixer = make_mixer(config.mixing, shape_of(config))
-        mixing = params.get("mixing", {})
-        layer_params = cast(params["layers"], dtype)
-        layer_params = dataclasses.replace(layer_params, mixing=mixer.effective(mixing.get("layers", {})))
-        if config.fam_length:
-            prompts = _climb_all(config, mixer, layer_params, params["fam_prompt"].astype(dtype), plan)
-            stored = None if rsp is None else jax.lax.stop_gradient(rsp.fam).astype(dtype)
-            noise_keys = None
-            if key is not None and config.memory is not None and config.memory.noise > 0:
-                noise_key = jax.random.fold_in(key, 2)
-                noise_keys = jax.vmap(lambda number: jax.random.fold_in(noise_key, number))(
-                    jnp.arange(config.num_layers)
-                )
-            inputs = FamInputs(prompts, stored, noise_keys)
-        layers = _Layers(layer_params, inputs)
-
-        source = layout.source.reshape(batch, -1)
-        ids = jnp.take_along_axis(call.tokens, source, axis=1) if time else jnp.zeros_like(source)
-        embed = params["embed"].astype(dtype)
-        x = jnp.take(embed, ids, axis=0).reshape(*layout.source.shape, config.d_model)
+        layers = stack_layers(config, mixer, params, plan, key=key, rsp=rsp)
+        x = embed_blocks(config, params, call.tokens, layout)
         # Windows shorter than a block are at most two: the block schedule's loop, which can skip one.
         run = _layer_schedule if config.schedule == "layer" and plan.slot is None else _block_schedule
-        x, memory, kept = run(config, mixer, layers, mixing.get("final", {}), x, call.state.layers, plan)
+        final = params.get("mixing", {}).get("final", {})
+        x, memory, kept = run(config, mixer, layers, final, x, call.state.layers, plan)
 
         x = x.reshape(batch, -1, config.d_model)
         x = x[:, :time] if layout.target is None else jnp.take_along_axis(x, layout.target[:, :time, None], axis=1)
-        x = rms_norm(x, params["final_norm"], config.norm_eps)
-        unembed = embed.T if config.tie_embeddings else params["unembed"].astype(dtype)
-        logits = jnp.einsum("btd,dv->btv", x, unembed, preferred_element_type=accumulation_dtype(dtype))
-        logits = jnp.where(layout.overflow[:, None, None], jnp.nan, logits)
+        logits = jnp.where(layout.overflow[:, None, None], jnp.nan, read_out(config, params, x))
         return DecoderOutput(
             logits=logits,
             state=dataclasses.replace(call.state, **memory._asdict(), **layout.counters),
@@ -212,10 +186,59 @@ class _LayerStack(nn.Module):
         )
 
 
+def stack_layers(
+    config: DecoderConfig,
+    mixer: Mixer,
+    params: dict[str, Any],
+    plan: Plan,
+    key: Array | None = None,
+    rsp: RSPState | None = None,
+) -> Layers:
+    """What the layers of a call compute with, in its precision: weights, and what their FAM starts from.
+
+    Args:
+        config: The decoder's.
+        mixer: The layer mixer.
+        params: The decoder's, its layers as `LayerParams`.
+        plan: Bookkeeping of the call.
+        key: For FAM noise; None for none.
+        rsp: The stored state of Random State Passing.
+    """
+    dtype = jnp.dtype(config.dtype)
+    weights = cast(params["layers"], dtype)
+    mixing = params.get("mixing", {}).get("layers", {})
+    weights = dataclasses.replace(weights, mixing=mixer.effective(mixing))
+    if not config.fam_length:
+        return Layers(weights, None)
+    prompts = _climb_all(config, mixer, weights, params["fam_prompt"].astype(dtype), plan)
+    stored = None if rsp is None else jax.lax.stop_gradient(rsp.fam).astype(dtype)
+    noise_keys = None
+    if key is not None and config.memory is not None and config.memory.noise > 0:
+        noise_key = jax.random.fold_in(key, 2)
+        noise_keys = jax.vmap(lambda number: jax.random.fold_in(noise_key, number))(jnp.arange(config.num_layers))
+    return Layers(weights, FamInputs(prompts, stored, noise_keys))
+
+
+def embed_blocks(config: DecoderConfig, params: dict[str, Any], tokens: Array, layout: Layout) -> Array:
+    """Embedded tokens [b, t] at their places in the blocks of a call: [b, n, w, d]."""
+    source = layout.source.reshape(tokens.shape[0], -1)
+    ids = jnp.take_along_axis(tokens, source, axis=1) if tokens.shape[1] else jnp.zeros_like(source)
+    x = jnp.take(params["embed"].astype(config.dtype), ids, axis=0)
+    return x.reshape(*layout.source.shape, config.d_model)
+
+
+def read_out(config: DecoderConfig, params: dict[str, Any], x: Array) -> Array:
+    """Logits [b, t, v] of the last layer's output [b, t, d]."""
+    dtype = jnp.dtype(config.dtype)
+    x = rms_norm(x, params["final_norm"], config.norm_eps)
+    unembed = (params["embed"].T if config.tie_embeddings else params["unembed"]).astype(dtype)
+    return jnp.einsum("btd,dv->btv", x, unembed, preferred_element_type=accumulation_dtype(dtype))
+
+
 def _layer_schedule(
     config: DecoderConfig,
     mixer: Mixer,
-    layers: _Layers,
+    layers: Layers,
     final: dict[str, Array],
     x: Array,
     memory: LayerMemory,
@@ -241,18 +264,35 @@ def _layer_schedule(
         carry, one_memory, kept, slots = layer(config, mixer, one.params, carry, one_memory, one.inputs, plan, depths)
         return carry, slots, (one_memory, kept)
 
-    batch, windows = x.shape[:2]
+    x, (memory, kept) = through_layers(config, mixer, layers, final, body, x, memory, plan)
+    return x, memory, kept
+
+
+def through_layers(
+    config: DecoderConfig,
+    mixer: Mixer,
+    layers: Layers,
+    final: dict[str, Array],
+    body: Callable[..., Any],
+    x: Array,
+    memory: LayerMemory,
+    plan: Plan,
+) -> tuple[Array, Any]:
+    """Tokens through all layers, `body` being one of them (see `lime_jax.run_layers`).
+
+    Returns:
+        Output of the last layer [b, n, w, d], and what the layers kept, stacked.
+    """
     rows = {"tokens": x.shape[:3]}
     if config.fam_length and mixer.mixes_rows:
-        rows["fam"] = (batch, windows, config.fam_length)
-    start = {"tokens": x}
-    carry, banks, (memory, kept) = _through_layers(
-        config, mixer, layers.params.mixing, body, plan, mixer.open(x), (layers, memory), rows, start
+        rows["fam"] = (*x.shape[:2], config.fam_length)
+    carry, banks, kept = _run_layers(
+        config, mixer, layers.params.mixing, body, plan, mixer.open(x), (layers, memory), rows, {"tokens": x}
     )
-    return mixer.close(final, carry, banks.get("tokens")), memory, kept
+    return mixer.close(final, carry, banks.get("tokens")), kept
 
 
-def _through_layers(
+def _run_layers(
     config: DecoderConfig,
     mixer: Mixer,
     mixing: Any,
@@ -298,7 +338,7 @@ def _through_layers(
 def _block_schedule(
     config: DecoderConfig,
     mixer: Mixer,
-    layers: _Layers,
+    layers: Layers,
     final: dict[str, Array],
     x: Array,
     memory: LayerMemory,
@@ -340,7 +380,7 @@ def _climb_all(config: DecoderConfig, mixer: Mixer, params: LayerParams, prompt:
     def compute():
         rows, start = {"prompt": prompt.shape[:1]}, {"prompt": prompt}
         carry = mixer.open(prompt)
-        return _through_layers(config, mixer, params.mixing, body, None, carry, params, rows, start)[2]
+        return _run_layers(config, mixer, params.mixing, body, None, carry, params, rows, start)[2]
 
     if plan.slot is None:
         return compute()

@@ -13,12 +13,10 @@ from jax.typing import ArrayLike
 
 from fam_jax.call import check_call
 from fam_jax.config import DecoderConfig
-from fam_jax.decoder import _climb_all, _Layers, _through_layers
-from fam_jax.fam import FamInputs
+from fam_jax.decoder import embed_blocks, read_out, stack_layers, through_layers
 from fam_jax.layer import layer
-from fam_jax.ops import accumulation_dtype, rms_norm
 from fam_jax.plan import make_plan
-from fam_jax.sublayers import LayerParams, cast, project
+from fam_jax.sublayers import LayerParams, project
 from lime_jax import Mixer, make_mixer
 from lime_jax.depth import NO_DEPTH
 from lime_jax.mixer import shape_of
@@ -59,19 +57,11 @@ def layer_states(
         ValueError: See `Decoder.__call__`.
     """
     call = check_call(config, tokens, None, lengths, None, None, False)
-    batch, time = call.tokens.shape
     plan, layout = make_plan(config, call, key=None, rsp_valid=None)
-    dtype = jnp.dtype(config.dtype)
     mixer = make_mixer(config.mixing, shape_of(config))
     plain = Mixer(None, mixer.shape)
-    mixing = params.get("mixing", {})
-    own = {field.name: params["layers"].get(field.name) for field in dataclasses.fields(LayerParams)}
-    layer_params = cast(LayerParams(**own), dtype)
-    layer_params = dataclasses.replace(layer_params, mixing=mixer.effective(mixing.get("layers", {})))
-    inputs = None
-    if config.fam_length:
-        prompts = _climb_all(config, mixer, layer_params, params["fam_prompt"].astype(dtype), plan)
-        inputs = FamInputs(prompts, None, None, None)
+    weights = {field.name: params["layers"].get(field.name) for field in dataclasses.fields(LayerParams)}
+    params = {**params, "layers": LayerParams(**weights)}
 
     def body(plan, carry, xs, depths):
         one, memory = xs
@@ -87,25 +77,22 @@ def layer_states(
             held["ff_inputs"] = slots["tokens"][1]
         return carry, slots, held
 
-    embed = params["embed"].astype(dtype)
-    x = embed[jnp.take_along_axis(call.tokens, layout.source.reshape(batch, -1), axis=1)]
-    x = x.reshape(*layout.source.shape, config.d_model)
-    rows = {"tokens": x.shape[:3]}
-    if config.fam_length and mixer.mixes_rows:
-        rows["fam"] = (*x.shape[:2], config.fam_length)
-    layers = (_Layers(layer_params, inputs), call.state.layers)
-    carry, banks, held = _through_layers(
-        config, mixer, layer_params.mixing, body, plan, mixer.open(x), layers, rows, {"tokens": x}
+    last, held = through_layers(
+        config,
+        mixer,
+        stack_layers(config, mixer, params, plan),
+        params.get("mixing", {}).get("final", {}),
+        body,
+        embed_blocks(config, params, call.tokens, layout),
+        call.state.layers,
+        plan,
     )
-    last = mixer.close(mixing.get("final", {}), carry, banks.get("tokens"))
     held["hidden"] = jnp.concatenate([held["hidden"], last[None]])
 
     def flat(states: Array) -> Array:
         """[l, b, n, w, ...] as [l, b, t, ...]: rows begin a document, so their tokens stand in order."""
-        return states.reshape(*states.shape[:2], -1, *states.shape[4:])[:, :, :time]
+        return states.reshape(*states.shape[:2], -1, *states.shape[4:])[:, :, : call.tokens.shape[1]]
 
     held = {name: flat(states) for name, states in held.items()}
-    unembed = embed.T if config.tie_embeddings else params["unembed"].astype(dtype)
-    normed = rms_norm(held["hidden"][-1], params["final_norm"], config.norm_eps)
-    logits = jnp.einsum("btd,dv->btv", normed, unembed, preferred_element_type=accumulation_dtype(dtype))
+    logits = read_out(config, params, held["hidden"][-1])
     return LayerStates(**{"ff_inputs": None, **held}, logits=logits)
