@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from experiments.data import DataError, load_tokenizer
+from experiments.data.passkey import PasskeyTokenizer
+from experiments.data.tokenizers import encode_pieces
 from fam_jax.call import check_ids
 
 TEXT = "def tokenise(text):\n    return [piece for piece in text.split() if piece]\n\n# Größe, naïve 漢字 🙂\n"
 
 
-@pytest.fixture(scope="session")
-def sentencepiece_model(tmp_path_factory):
+def train_sentencepiece(folder, **settings):
     trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
-    folder = tmp_path_factory.mktemp("sentencepiece")
     (folder / "text.txt").write_text(TEXT * 20, "utf-8")
     trainer.train(
         input=str(folder / "text.txt"),
@@ -24,10 +24,15 @@ def sentencepiece_model(tmp_path_factory):
         byte_fallback=True,
         minloglevel=2,
         hard_vocab_limit=False,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
+        **settings,
     )
     return folder / "tiny.model"
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    return train_sentencepiece(folder, normalization_rule_name="identity", remove_extra_whitespaces=False)
 
 
 @pytest.fixture(scope="session")
@@ -96,6 +101,60 @@ def test_hugging_face_without_an_end_token(tokenizer_json, tmp_path):
     assert tokenizer.vocab_size == 300  # there is a hole, but ids go to 299
 
 
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece_model", "tokenizer_json"])
+def test_a_text_in_pieces_is_the_text_at_once(request, kind):
+    """Wherever it is cut: at the end of a line, in a word, in blanks, into pieces that are nothing but blanks."""
+    tokenizer = load_tokenizer("bytes" if kind == "bytes" else str(request.getfixturevalue(kind)))
+    text = (TEXT + "   indented\n\n\n\tlast " + "x" * 50) * 5
+    whole, random = tokenizer.encode(text), np.random.default_rng(0)
+    assert tokenizer.decode(whole) == text
+    lines = text.splitlines(keepends=True)
+    cuts = [sorted(random.integers(0, len(text), 9)) for _ in range(50)]
+    cut = [[text[a:b] for a, b in zip([0, *at], [*at, len(text)], strict=True)] for at in cuts]
+    for pieces in (lines, [*text], [text], *cut):
+        ids = [np.zeros(0, np.int32), *encode_pieces(tokenizer, pieces)]
+        np.testing.assert_array_equal(np.concatenate(ids), whole)
+    assert list(encode_pieces(tokenizer, [])) == []
+
+
+@pytest.mark.parametrize("rule", ["identity", "nmt_nfkc"])
+@pytest.mark.parametrize("remove", [False, True])
+def test_lines_of_any_sentencepiece_model_are_the_text_at_once(tmp_path, rule, remove):
+    """Models that read the end of a line as a blank, and those that keep one of several blanks."""
+    tokenizer = load_tokenizer(
+        str(train_sentencepiece(tmp_path, normalization_rule_name=rule, remove_extra_whitespaces=remove))
+    )
+    text = TEXT * 3
+    ids = np.concatenate(list(encode_pieces(tokenizer, text.splitlines(keepends=True))))
+    np.testing.assert_array_equal(ids, tokenizer.encode(text))
+
+
+def test_pieces_whose_words_join_with_blanks_lose_nothing():
+    class Joining(type(load_tokenizer("bytes"))):
+        """Has one token for a full stop and the end of its line, as many vocabularies do."""
+
+        def encode(self, text):
+            return super().encode(text.replace(".\n", "\1"))
+
+        def decode(self, ids):
+            return super().decode(ids).replace("\1", ".\n")
+
+    text = "One. \nTwo.\nThree four.\n"
+    tokenizer = Joining()
+    for size in range(1, len(text)):
+        pieces = [text[at : at + size] for at in range(0, len(text), size)]
+        assert tokenizer.decode(np.concatenate(list(encode_pieces(tokenizer, pieces)))) == text
+
+
+def test_words_are_not_cut():
+    tokenizer = PasskeyTokenizer()
+    text = "The pass key is 90210. Remember it."
+    whole = tokenizer.encode(text)
+    for at in range(len(text)):
+        ids = np.concatenate(list(encode_pieces(tokenizer, [text[:at], text[at:]])))
+        np.testing.assert_array_equal(ids, whole)
+
+
 def test_another_vocabulary_is_other_data(tmp_path, sentencepiece_model, tokenizer_json):
     tokenizers = [load_tokenizer(str(spec)) for spec in ("bytes", sentencepiece_model, tokenizer_json)]
     stores = [data_helpers.store(tmp_path, [TEXT, "text"], tokenizer=t) for t in tokenizers]
@@ -129,6 +188,8 @@ def test_a_missing_library_says_what_to_install(tmp_path, library, suffix):
 import sys
 sys.modules[{library!r}] = None
 from experiments.data import DataError, load_tokenizer
+from experiments.data.passkey import PasskeyTokenizer
+from experiments.data.tokenizers import encode_pieces
 from fam_jax.call import check_ids
 try:
     load_tokenizer({str(path)!r})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -132,6 +132,48 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if not path.is_file():
         raise DataError(f"tokenizer={spec!r}: there is no such file; check the path")
     return SentencePieceTokenizer(path) if path.suffix == ".model" else HuggingFaceTokenizer(path)
+
+
+class Encodes(Protocol):
+    """What `encode_pieces` needs of a tokenizer."""
+
+    def encode(self, text: str) -> np.ndarray: ...
+
+
+def encode_pieces(tokenizer: Encodes, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    """Encodes a text that comes in pieces as if it came at once.
+
+    A tokenizer may treat the beginning of a text in its own way: SentencePiece, say, puts a blank before it, which in
+    the middle of a text would be one that is not there. So what follows the first piece is encoded together with the
+    word before it. The pieces are cut anew before blanks, where tokens end; those that are given may end in the middle
+    of a word.
+
+    Args:
+      tokenizer: of the text.
+      texts: the pieces; joined they are the text.
+
+    Yields:
+      Ids, int32 [t]; joined they are those of the text. Where the tokenizer has one token for the end of a word and the
+      blank after it, a piece is encoded by itself, and only its text is the same.
+    """
+    if type(tokenizer) is ByteTokenizer:  # any cut will do, and a file without a blank need not fit into memory
+        yield from map(tokenizer.encode, texts)
+        return
+    before = held = ""
+    for text in texts:
+        held += text
+        parts = held.rsplit(None, 1)
+        if len(parts) == 2:
+            yield _encode_after(tokenizer, before, parts[0])
+            before, held = parts[0].rsplit(None, 1)[-1], held[len(parts[0]) :]
+    if held:
+        yield _encode_after(tokenizer, before, held)
+
+
+def _encode_after(tokenizer: Encodes, before: str, text: str) -> np.ndarray:
+    """Ids of what follows a word; those of a text of its own if the word has other tokens with it than without it."""
+    word, both = tokenizer.encode(before), tokenizer.encode(before + text)
+    return both[word.size :] if np.array_equal(both[: word.size], word) else tokenizer.encode(text)
 
 
 def _library(name: str, path: Path) -> Any:
