@@ -88,11 +88,12 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
         All of it as one result, its file and its plot.
 
     Raises:
-        ValueError: as `configs`.
+        ValueError: as `configs`, or the output folder cannot be made.
         Stopped: a signal came.
         CheckpointError, NonFiniteError, BusyError: as `experiments.train.train`.
     """
     wanted = configs(options)
+    results.make_directory(options.output)
     name = f"{options.row}-{options.size}"
     evaluation = load(options.row).EVALUATION
     measured = []

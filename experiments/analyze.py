@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from experiments import report, results
-from experiments.checkpoint import CheckpointError, load_model
+from experiments.checkpoint import CheckpointError, load_model, run_folder
 from experiments.command import run_command
 from experiments.layers import Texts, collect, examples, loss_on, texts, tokenizer_of, word
 from experiments.measures import check_positive
@@ -37,7 +37,7 @@ class Options:
         checkpoint: Folder of a run, or one checkpoint in it.
         what: The analysis.
         name: Name of the result. None: the run's name and the analysis.
-        output: Folder of the result file and the plot.
+        output: Folder of the result file and the plot. None: `results` in the run's folder.
         source: For models of text: text instead of the run's own validation split, named as in training.
         sequences: Texts to read, each from its beginning; at most, if there are fewer.
         length: For models of text: tokens of each.
@@ -57,7 +57,7 @@ class Options:
     checkpoint: Path
     what: Literal["entropy", "probes", "routers", "depth-circuits", "semantic-circuits", "pruning"]
     name: str | None = None
-    output: Path = results.DIRECTORY
+    output: Path | None = None
     source: str | None = None
     sequences: int = 64
     length: int = 256
@@ -116,7 +116,8 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
         The result, its file and its plot.
 
     Raises:
-        ValueError: an option does not fit the model, or the model has no router; see also `lime_jax.analysis`.
+        ValueError: an option does not fit the model, the model has no router, or the output folder cannot be made; see
+            also `lime_jax.analysis`.
         CheckpointError: see `load_model`.
     """
     start = time.perf_counter()
@@ -130,7 +131,6 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
         circuits=options.circuits,
         top=options.top,
     )
-    options.output.mkdir(parents=True, exist_ok=True)
     loaded = _Run(options)
     if options.what not in ("entropy", "probes") and not isinstance(loaded.model.config.mixing, LimeConfig):
         raise ValueError(
@@ -138,6 +138,8 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
             f"{loaded.model.config.mixing!r}); give a run whose model.mixing is a LimeConfig, or "
             "use what=entropy or what=probes"
         )
+    # What is measured for minutes must have a place to go to.
+    output = results.make_directory(options.output or run_folder(options.checkpoint) / "results")
     values = _ANALYSES[options.what](loaded)
     settings = dataclasses.asdict(options)
     del settings["output"]  # shapes no number, and names a folder of this machine
@@ -150,7 +152,7 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
         wall_seconds=time.perf_counter() - start,
         data=loaded.manifest,
     )
-    file = results.write(result, options.output)
+    file = results.write(result, output)
     return result, file, report.plot(result, file.with_suffix(".png"))
 
 

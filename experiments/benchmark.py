@@ -179,12 +179,13 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
     """Measures, and writes the result.
 
     Raises:
-        ValueError: There is no arm of a name.
+        ValueError: There is no arm of a name, or the output folder cannot be made.
     """
     unknown = [name for name in options.arms or () if name not in ARMS]
     if unknown:
         raise ValueError(f"arms={unknown} are not known; there are {', '.join(map(repr, ARMS))}")
     arms = {name: ARMS[name] for name in options.arms or ARMS}
+    results.make_directory(options.output)
     start = time.perf_counter()
     values = memory(options, arms) if options.what == "memory" else step_time(options, arms)
     settings = dataclasses.asdict(options)

@@ -218,6 +218,15 @@ def load_model(path: Path | str, step: int | None = None) -> tuple[Decoder, dict
     raise AssertionError("unreachable: the last candidate returns or raises")
 
 
+def run_folder(path: Path | str) -> Path:
+    """The folder of the run that `load_model` reads from `path`; of a checkpoint that stands alone, its own."""
+    root = Path(path).expanduser().resolve()
+    if (root / "meta.json").exists() and root.parent.name == "checkpoints":
+        root = root.parent
+    inside = root.name == "checkpoints" and not (root / "checkpoints").is_dir()
+    return root.parent if inside else root
+
+
 def _steps(directory: Path) -> list[int]:
     return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal() and path.is_dir())
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import tyro
 
 from experiments import data, report, results
-from experiments.checkpoint import CheckpointError, load_model
+from experiments.checkpoint import CheckpointError, load_model, run_folder
 from experiments.command import run_command
 from experiments.config import TrainConfig
 from experiments.data import TextData
@@ -36,9 +36,9 @@ class Options:
         checkpoint: Folder of a run, or one checkpoint in it.
         task: What to measure. None: what fits the model's training data.
         name: Name of the result. None: the run's name and the task.
-        output: Folder of the result file and the plot.
+        output: Folder of the result file and the plot. None: `results` in the run's folder.
         batch_size: Texts read side by side.
-        chunk: Tokens of a row per step.
+        chunk: For loss-by-position and passkey: tokens of a row per step.
         source: Text for loss-by-position instead of the run's own, named as in training.
         documents: For loss-by-position: at most so many validation documents. None: all.
         max_tokens: For loss-by-position: read at most so many tokens of each document. None: all.
@@ -53,7 +53,7 @@ class Options:
     checkpoint: Path
     task: Literal["loss-by-position", "passkey", "answers"] | None = None
     name: str | None = None
-    output: Path = results.DIRECTORY
+    output: Path | None = None
     batch_size: int = 16
     chunk: int = 512
     source: str | None = None
@@ -67,6 +67,14 @@ class Options:
     steps: tuple[int, ...] | None = None
 
 
+# Of the options, those that only some tasks read. One that is given to another would be ignored.
+_READ_BY = {
+    "loss-by-position": {"chunk", "source", "documents", "max_tokens"},
+    "passkey": {"chunk", "lengths", "trials", "depth", "zero_memory", "seed"},
+    "answers": {"steps"},
+}
+
+
 def run(options: Options) -> tuple[results.Result, Path, Path]:
     """Evaluates as the options say.
 
@@ -74,14 +82,13 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
         The result, its file and its plot.
 
     Raises:
-        ValueError: an option does not fit the model; see also the functions of `experiments.measures`.
+        ValueError: an option does not fit the model or is for another task, or the output folder cannot be made; see
+            also the functions of `experiments.measures`.
         CheckpointError: see `load_model`.
     """
     start = time.perf_counter()
-    # What is measured for minutes must have a place to go to.
     if options.name is not None:
         results.check_name(options.name)
-    options.output.mkdir(parents=True, exist_ok=True)
     model, variables, config = load_model(options.checkpoint)
     fits, trained_on = _fits(config)
     task: str = options.task or fits
@@ -89,6 +96,9 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
         raise ValueError(
             f"task={task!r}, but the run {config.name!r} was trained on {trained_on}; use task={fits}, or another run"
         )
+    _check_options(options, task, f"the run {config.name!r} was trained on {trained_on}")
+    # What is measured for minutes must have a place to go to.
+    output = results.make_directory(options.output or run_folder(options.checkpoint) / "results")
     if task == "passkey":
         values, manifest, seeds = _passkey(options, model, variables, config)
     elif task == "loss-by-position":
@@ -109,7 +119,7 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
         wall_seconds=time.perf_counter() - start,
         data=manifest,
     )
-    file = results.write(result, options.output)
+    file = results.write(result, output)
     return result, file, report.plot(result, file.with_suffix(".png"))
 
 
@@ -131,6 +141,18 @@ def _fits(config: TrainConfig) -> tuple[str, str]:
     if isinstance(config.data, PasskeyData):
         return "passkey", "PassKey"
     return ("loss-by-position", "text") if isinstance(config.data, TextData) else ("answers", "questions")
+
+
+def _check_options(options: Options, task: str, trained: str) -> None:
+    """Raises a ValueError for an option that is for other tasks."""
+    for field in dataclasses.fields(Options):
+        tasks = [name for name, read in _READ_BY.items() if field.name in read]
+        value = getattr(options, field.name)
+        if tasks and task not in tasks and value != field.default:
+            raise ValueError(
+                f"{field.name}={value!r} is for task={' and task='.join(tasks)}, but {trained}, which task={task} "
+                "measures; leave it out, or give another run"
+            )
 
 
 def _answers(options: Options, model: Decoder, variables: Any, config: TrainConfig) -> tuple[Any, Any, list[int]]:

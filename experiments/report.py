@@ -20,7 +20,7 @@ import tyro
 from scipy import stats
 
 from experiments import results
-from experiments.command import run_command
+from experiments.command import make_folder, run_command
 from experiments.results import Result, ResultError
 from lime_jax.analysis import plot_matrix
 
@@ -267,6 +267,7 @@ def run(options: Options) -> str:
 
     Raises:
         ResultError: see `results.find`, `results.read`, `results.read_run` and `lines`.
+        ValueError: the folder for the plots cannot be made.
     """
     files = results.find(options.paths)
     loaded = [results.read_run(file) if file.is_dir() else results.read(file) for file in files]
@@ -275,6 +276,7 @@ def run(options: Options) -> str:
         loaded = together(loaded)
         places = [places[0].with_name(f"{result.name}.png") for result in loaded]
     if options.plots is not None:
+        make_folder(options.plots, "plots")
         places = [options.plots / f"{result.name}.png" for result in loaded]
     base = options.output.parent if options.output else Path.cwd()
     parts = []
@@ -288,14 +290,16 @@ def main() -> int:
     """The command line; returns the exit code."""
     options = tyro.cli(Options, prog="python -m experiments.report", description=Options.__doc__)
     try:
+        if options.output is not None and options.output.is_dir():
+            raise ResultError(f"output={str(options.output)!r} is a folder; give the name of a file")
         text = run(options)
         if options.output is None:
             print(text)
         else:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(options.output.parent, "the folder of output")
             options.output.write_text(text, encoding="utf-8")
             print(f"wrote {options.output}")
-    except (ResultError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

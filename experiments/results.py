@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.command import make_folder
 from experiments.metrics import read_metrics
 
 SCHEMA = 1
@@ -150,6 +151,17 @@ def check_name(name: str) -> None:
         )
 
 
+def make_directory(output: Path) -> Path:
+    """Makes the folder where a command shall write its results.
+
+    Raises:
+        ValueError: it cannot be made, or is named like a result file.
+    """
+    if output.suffix == ".json":
+        raise ResultError(f"output={str(output)!r} names a file; give a folder, and the file's name with --name")
+    return make_folder(output, "output")
+
+
 def write(result: Result, path: str | Path | None = None) -> Path:
     """Writes a result whole or not at all.
 
@@ -218,6 +230,8 @@ def read(path: str | Path) -> Result:
 
 def find(paths: Sequence[str | Path]) -> list[Path]:
     """The result files and the folders of training runs among `paths` and, in name order, below folders.
+
+    Of a run's folder the files in `results` are found too, where evaluations of it go.
 
     Raises:
         ResultError: a path does not exist, or a folder holds neither.
@@ -350,7 +364,8 @@ def versions() -> dict[str, str]:
 
 def _below(folder: Path) -> list[Path]:
     if (folder / "run.json").is_file():
-        return [folder]  # a run: the JSON files of its checkpoints are no results
+        # A run: the JSON files of its checkpoints are no results.
+        return [folder, *sorted((folder / "results").glob("*.json"))]
     found = sorted(folder.glob("*.json"))
     for inside in sorted(path for path in folder.iterdir() if path.is_dir()):
         found += _below(inside)

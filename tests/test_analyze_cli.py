@@ -43,10 +43,10 @@ def analysed(tmp_path, monkeypatch, capsys):
 
     def run(config, what, *arguments):
         folder = tiny_run.save(config, tmp_path / "runs" / str(hash(config.model)))
-        options = ["--checkpoint", folder, "--what", what, "--output", tmp_path / "out", "--batch-size", 6]
+        options = ["--checkpoint", folder, "--what", what, "--batch-size", 6]
         assert command(monkeypatch, *options, *arguments) == 0, capsys.readouterr().err
         printed = capsys.readouterr().out
-        file = tmp_path / "out" / f"{config.name}-{what}.json"
+        file = folder / "results" / f"{config.name}-{what}.json"
         result = results.read(file)
         assert result.kind == what
         assert report.table(result) in printed

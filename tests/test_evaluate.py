@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -13,6 +14,7 @@ import pytest
 import tiny_run
 
 from experiments import evaluate, measures, results
+from experiments.checkpoint import run_folder
 from experiments.data.arithmetic import ArithmeticData
 from experiments.data.passkey import Passkey, PasskeyData
 from experiments.data.prosqa import ProsqaData
@@ -319,6 +321,27 @@ def test_command_measures_loss_by_position_of_text(tmp_path, monkeypatch):
     assert 4 < curve["loss"][0] < 8  # an untrained model, about log(256)
 
 
+@pytest.mark.parametrize("given", ["run", "run/checkpoints", "run/checkpoints/1"])
+def test_results_go_to_the_run_unless_told_otherwise(tmp_path, monkeypatch, capsys, given):
+    """A run of the same name as one of ours must not overwrite a result that the repository keeps."""
+    run = tiny_run.save(tiny_run.passkey_config(), tmp_path / "run")
+    (run / "run.json").touch()
+    tracked = set(results.DIRECTORY.iterdir())
+    assert command(monkeypatch, "--checkpoint", tmp_path / given, "--trials", 2, "--lengths", 9) == 0
+    file = run / "results" / "tiny-passkey-passkey.json"
+    assert f"wrote {file} and" in capsys.readouterr().out
+    assert results.find([run]) == [run, file]
+    assert set(results.DIRECTORY.iterdir()) == tracked
+
+
+def test_the_run_of_a_checkpoint(tmp_path):
+    """Whatever is above it is called, and if it was copied elsewhere."""
+    run = tiny_run.save(tiny_run.passkey_config(), tmp_path / "checkpoints" / "mine")
+    assert run_folder(run) == run_folder(run / "checkpoints") == run_folder(run / "checkpoints" / "1") == run
+    copy = shutil.copytree(run / "checkpoints" / "1", tmp_path / "copy")
+    assert run_folder(copy) == copy
+
+
 def test_command_measures_answers_of_a_run_and_of_several_of_its_checkpoints(tmp_path, monkeypatch, capsys):
     changes = {"steps": 2, "checkpoint_every": 1, "eval_every": 1, "eval_steps": 2, "work_dir": str(tmp_path / "run")}
     config = dataclasses.replace(tiny_run.arithmetic_config(), **changes)
@@ -352,6 +375,7 @@ def test_command_refuses_what_does_not_fit(tmp_path, monkeypatch, capsys):
     run = tiny_run.save(tiny_run.passkey_config(), tmp_path / "run")
     text = tiny_run.save(tiny_run.text_config(source="text:nowhere/*"), tmp_path / "text")
     questions = tiny_run.save(tiny_run.arithmetic_config(), tmp_path / "questions")
+    (tmp_path / "file").touch()
     for arguments, message in (
         (["--checkpoint", run, "--task", "loss-by-position"], "was trained on PassKey"),
         (["--checkpoint", text, "--task", "passkey"], "was trained on text"),
@@ -360,12 +384,21 @@ def test_command_refuses_what_does_not_fit(tmp_path, monkeypatch, capsys):
         (["--checkpoint", text], "no file matches"),
         (["--checkpoint", run, "--trials", "0"], "trials=0"),
         (["--checkpoint", tmp_path / "none"], "no checkpoint in"),
+        (["--checkpoint", run, "--steps", 5], "steps=(5,) is for task=answers, but the run 'tiny-passkey' was trained"),
+        (["--checkpoint", run, "--source", "pg19"], "source='pg19' is for task=loss-by-position"),
+        (["--checkpoint", text, "--zero-memory"], "zero_memory=True is for task=passkey"),
+        (["--checkpoint", text, "--lengths", 9], "lengths=(9,) is for task=passkey"),
+        (["--checkpoint", questions, "--depth", "first"], "depth='first' is for task=passkey"),
+        (["--checkpoint", questions, "--chunk", 9], "chunk=9 is for task=loss-by-position and task=passkey"),
+        (["--checkpoint", run, "--output", tmp_path / "file"], "file' cannot be used"),
+        (["--checkpoint", run, "--output", tmp_path / "file" / "x"], "file is no folder; give another folder"),
+        (["--checkpoint", run, "--output", tmp_path / "x.json"], "x.json' names a file; give a folder"),
     ):
-        assert command(monkeypatch, *arguments, "--output", tmp_path / "out") == 2
+        assert command(monkeypatch, "--output", tmp_path / "out", *arguments) == 2
         error = capsys.readouterr().err
         assert message in error
         assert len([line for line in error.splitlines() if line.startswith("error:")]) == 1
-    assert not list((tmp_path / "out").iterdir())  # the folder is made first, to know that it can be
+    assert not list((tmp_path / "out").iterdir())  # the folder is made before measuring, to know that it can be
 
 
 def test_unknown_option_is_an_error_of_the_command():

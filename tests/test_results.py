@@ -226,6 +226,18 @@ def test_command_reports_bad_input_in_one_line(tmp_path, monkeypatch, capsys):
         assert error.startswith("error: ")
         assert message in error
         assert error.count("\n") == 1
+    folder = results.write(passkey("one"), tmp_path / "in").parent
+    (tmp_path / "file").touch()
+    for option, path, message in (
+        ("--output", folder, "is a folder; give the name of a file"),
+        ("--output", tmp_path / "file" / "x.md", "file is no folder; give another folder"),
+        ("--plots", tmp_path / "file", "plots='"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["report", str(folder), option, str(path)])
+        assert report.main() == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert message in error
 
 
 def training_run(folder: Path, rows) -> Path:

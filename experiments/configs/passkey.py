@@ -1,7 +1,8 @@
-"""PassKey with FAM: a five-digit number anywhere in the text, asked for beyond the trained length.
+r"""PassKey with FAM: a five-digit number anywhere in the text, asked for beyond the trained length.
 
 python -m experiments.train --config passkey --seed 0 --data.seed 0 --name passkey-seed0
-python -m experiments.evaluate --checkpoint runs/passkey-seed0 --depth uniform --lengths 32 128 448 --zero-memory
+python -m experiments.evaluate --checkpoint runs/passkey-seed0 --depth uniform --lengths 32 128 448 --batch-size 100 \
+    --zero-memory --name passkey-seed0 --output experiments/results
 
 Thirteen minutes a seed on one core of an AMD EPYC. Exact match of 500 keys at 32 blocks, the longest trained, 128 and
 448, which is 14 times the trained length, the paper's ratio: 1.000, 1.000 and 1.000 with seed 0; 1.000, 0.998 and 1.000

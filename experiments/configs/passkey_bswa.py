@@ -1,7 +1,8 @@
-"""The window-only twin of passkey: the same size, data and steps, one memory segment and no FAM.
+r"""The window-only twin of passkey: the same size, data and steps, one memory segment and no FAM.
 
-python -m experiments.train --config passkey_bswa --seed 0 --data.seed 0
-python -m experiments.evaluate --checkpoint runs/passkey_bswa --depth uniform --lengths 32 128 448 --batch-size 100
+python -m experiments.train --config passkey_bswa --seed 0 --data.seed 0 --name passkey_bswa-seed0
+python -m experiments.evaluate --checkpoint runs/passkey_bswa-seed0 --depth uniform --lengths 32 128 448 \
+    --batch-size 100 --name passkey_bswa-seed0 --output experiments/results
 
 Four minutes a seed on one core. Exact match of 500 keys at 32, 128 and 448 blocks, seeds 0, 1 and 2: 0.046 to 0.050,
 where some keys stand in the last blocks; 0.006; 0.000 to 0.002.

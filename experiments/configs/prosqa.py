@@ -1,7 +1,7 @@
 """ProsQA-like questions about a graph of classes, learnt from scratch by a small model.
 
 python -m experiments.train --config prosqa --seed 0 --data.seed 0
-python -m experiments.evaluate --checkpoint runs/prosqa --batch-size 100
+python -m experiments.evaluate --checkpoint runs/prosqa --output experiments/results --batch-size 100
 
 Who guesses between the two options gets 50 %. The paper's pretrained models with 150M parameters get 69.4 % (with LIMe
 77.8 %) on the original questions. Not yet run to its end: a step takes 4.5 s on one busy CPU core.
