@@ -151,7 +151,10 @@ print((build_once(Path(sys.argv[1]), build) / "value").read_text())
 
 
 def test_without_locks_the_first_to_finish_wins(tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.data.cache.fcntl", None)
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
     target = tmp_path / "thing"
 
     def inner(partial):
@@ -163,7 +166,7 @@ def test_without_locks_the_first_to_finish_wins(tmp_path, monkeypatch):
 
     assert build_once(target, outer) == target
     assert (target / "value").read_text() == "first"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["thing"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".thing.lock", "thing"]
 
 
 def test_a_directory_is_built_once(tmp_path):

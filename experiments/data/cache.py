@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -14,11 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from experiments.data.protocol import DataError
-
-try:
-    import fcntl
-except ImportError:  # not on Windows; there two processes may both prepare, and the first to finish wins
-    fcntl = None  # type: ignore[assignment]
 
 # Errors of the disk, which no second attempt heals.
 DISK_ERRORS = (
@@ -111,14 +107,11 @@ def damaged(path: Path, error: Exception | str) -> DataError:
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[bool]:
     """Waits for the lock; yields whether nobody else can be building."""
-    if fcntl is None:
-        yield False
-        return
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             alone = True
-        except OSError:  # a file system without locks: the rename still decides
+        except OSError:  # a file system without locks: both may build, and the first to finish wins
             alone = False
         yield alone
 
