@@ -9,7 +9,6 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shlex
@@ -21,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from experiments.command import make_folder
 from experiments.metrics import read_metrics
+from experiments.typed import to_json
 
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,7 +123,8 @@ def make(
         command: None: that of this process.
 
     Raises:
-        ResultError: `name` is no file name, or something in config, values or data has no JSON form.
+        ResultError: `name` is no file name.
+        ValueError: something in config, values or data has no JSON form; see `experiments.typed.to_json`.
     """
     check_name(name)
     return Result(
@@ -293,32 +293,6 @@ def read_run(directory: str | Path) -> Result:
         raise ResultError(
             f"{directory}: run.json or metrics.jsonl is not what experiments.train writes ({error!r})"
         ) from None
-
-
-def to_json(value: Any, where: str = "value") -> Any:
-    """Turns dataclasses, arrays, NumPy scalars, tuples and paths into what JSON can hold.
-
-    Floats that are not finite become None, as JSON has no word for them.
-
-    Raises:
-        ResultError: something has no JSON form; the message says where.
-    """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return to_json(fields, where)
-    if isinstance(value, Mapping):
-        return {str(key): to_json(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
-        return to_json(np.asarray(value).tolist(), where)
-    if isinstance(value, (list, tuple)):
-        return [to_json(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if isinstance(value, Path):
-        return str(value)
-    raise ResultError(f"{where} is a {type(value).__name__}, which has no JSON form; give numbers, text, lists")
 
 
 def command_line() -> str:

@@ -1,4 +1,4 @@
-"""Typed settings: checks of the fields of config dataclasses, and their form in JSON."""
+"""Typed settings: checks of the fields of config dataclasses; and JSON, of settings and of what is measured."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+import numpy as np
 
 T = TypeVar("T")
 
@@ -54,17 +57,37 @@ def _allowed(hint: Any) -> str:
     )
 
 
-def to_json(config: Any) -> dict[str, Any]:
-    """A config dataclass as JSON-able values; where several dataclasses may stand, "type" tells which."""
-    hints = typing.get_type_hints(type(config))
+def to_json(value: Any, where: str = "value") -> Any:
+    """Turns dataclasses, mappings, arrays, NumPy scalars, tuples and paths into what JSON can hold.
 
-    def encode(value: Any, hint: Any) -> Any:
-        if dataclasses.is_dataclass(value):
-            tag = {"type": type(value).__name__} if len(_dataclasses(hint)) > 1 else {}
-            return {**tag, **to_json(value)}
-        return [encode(item, Any) for item in value] if isinstance(value, tuple) else value
+    Where a field may hold one of several dataclasses, "type" tells which, so that `from_json` reads a config back.
+    Floats that are not finite become None, as JSON has no word for them.
 
-    return {f.name: encode(getattr(config, f.name), hints[f.name]) for f in dataclasses.fields(config)}
+    Raises:
+        ValueError: Something has no JSON form; the message says where.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        hints = typing.get_type_hints(type(value))
+        out = {}
+        for field in dataclasses.fields(value):
+            item = getattr(value, field.name)
+            tagged = dataclasses.is_dataclass(item) and len(_dataclasses(hints[field.name])) > 1
+            made = to_json(item, f"{where}.{field.name}")
+            out[field.name] = {"type": type(item).__name__, **made} if tagged else made
+        return out
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item, f"{where}.{key}") for key, item in value.items()}
+    if hasattr(value, "__array__"):
+        return to_json(np.asarray(value).tolist(), where)
+    if isinstance(value, (list, tuple)):
+        return [to_json(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    raise ValueError(f"{where} is a {type(value).__name__}, which has no JSON form; give numbers, text, lists")
 
 
 def from_json(values: Any, cls: type[T], where: str = "config") -> T:

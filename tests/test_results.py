@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import report, results
+from experiments import configs, report, results
+from experiments.config import TrainConfig
 from experiments.results import ResultError
+from experiments.typed import from_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -96,9 +98,15 @@ def test_values_of_every_kind_become_json():
 
     value = {"x": Inner(), "y": np.float32(0.5), "z": jnp.arange(2), "p": Path("a") / "b", "n": None, 3: True}
     expected = {"x": {"a": [1, 2], "b": None}, "y": 0.5, "z": [0, 1], "p": "a/b", "n": None, "3": True}
-    assert results.to_json(value) == expected
-    with pytest.raises(ResultError, match=r"values\.a\[1\] is a set"):
-        results.to_json({"a": [1, {2}]}, "values")
+    assert passkey(more=value).values["more"] == expected
+    with pytest.raises(ValueError, match=r"values\.more\.a\[1\] is a set, which has no JSON form"):
+        passkey(more={"a": [1, {2}]})
+
+
+def test_a_config_in_a_result_can_be_read_back():
+    config = configs.get("passkey")
+    made = results.make("passkey", "demo", config=config, seeds=[0], values={}, wall_seconds=1.0)
+    assert from_json(json.loads(json.dumps(made.config)), TrainConfig) == config
 
 
 @pytest.mark.parametrize("name", ["", "a/b", ".hidden", "a b"])
