@@ -1,5 +1,6 @@
 """The arguments of a call of the decoder: checked, and filled in where they were left out."""
 
+import reprlib
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from fam_jax.config import DecoderConfig
-from fam_jax.state import StreamState, check_state, init_state
+from fam_jax.state import StreamState, check_state, describe, init_state
 
 
 class Call(NamedTuple):
@@ -47,10 +48,9 @@ def check_call(
     """
     if jnp.dtype(config.dtype) == jnp.float64 and not jax.config.read("jax_enable_x64"):
         raise ValueError("dtype='float64' needs jax.config.update('jax_enable_x64', True); without, JAX uses float32")
-    if not isinstance(tokens, jax.Array):
-        tokens = np.asarray(tokens)
+    tokens = as_array("tokens", tokens)
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"tokens must be integer ids of shape [batch, time], not {_describe(tokens)}")
+        raise ValueError(f"tokens must be integer ids of shape [batch, time], not {describe(tokens)}")
     if _known(tokens):
         check_ids(tokens, config.vocab_size)
     tokens = jnp.asarray(tokens)
@@ -68,11 +68,14 @@ def check_call(
         reset = reset.at[:, 0].set(True)
     padded = _flags("padded", padded, shape, size)
 
-    lengths = jnp.full((batch,), time, jnp.int32) if lengths is None else jnp.asarray(lengths)
+    lengths = jnp.full((batch,), time, jnp.int32) if lengths is None else as_array("lengths", lengths)
     if lengths.shape != (batch,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise ValueError(f"lengths is {_describe(lengths)}, but {batch} rows need int32{[batch]}")
-    if _known(lengths) and bool(jnp.any((lengths < 0) | (lengths > time))):
+        raise ValueError(f"lengths is {describe(lengths)}, but {batch} rows need int32{[batch]}")
+    if not _known(lengths):
+        lengths = jnp.clip(lengths, 0, time)
+    elif bool(((lengths < 0) | (lengths > time)).any()):
         raise ValueError(f"lengths={lengths} is not allowed; each must be between 0 and the {time} columns of tokens")
+    lengths = jnp.asarray(lengths, jnp.int32)
     begin = jnp.where(reset[:, 0], 0, state.offset)
     if aligned and _known(begin) and bool(jnp.any(begin > 0)):
         raise ValueError(f"aligned=True, but rows stand inside a block: state.offset={state.offset}; leave aligned out")
@@ -82,16 +85,29 @@ def check_call(
             f"the cache of full attention holds {size} tokens, too few for {time} more{after}; begin with a larger "
             "state from init_state(batch, max_length=...)"
         )
-    return Call(tokens, state, lengths.astype(jnp.int32), reset, padded, aligned or starts)
+    return Call(tokens, state, lengths, reset, padded, aligned or starts)
+
+
+def as_array(name: str, value: Any) -> Any:
+    """An argument as it is if it is JAX's, or else as NumPy array. Raises ValueError if its rows differ in length."""
+    if isinstance(value, jax.Array):
+        return value
+    try:
+        return np.asarray(value)
+    except ValueError:
+        raise ValueError(
+            f"{name}={reprlib.repr(value)} is not allowed: its rows differ in length; pad rows of tokens on the "
+            "right, and tell their `lengths`"
+        ) from None
 
 
 def check_ids(ids: Any, vocab_size: int, name: str = "tokens") -> np.ndarray:
     """Token ids as int32 NumPy array, checked on the host; a device cannot raise on an id outside its table.
 
     Raises:
-        ValueError: Not integers, or outside 0..vocab_size-1.
+        ValueError: Not integers, outside 0..vocab_size-1, or in rows that differ in length.
     """
-    array = np.asarray(ids)
+    array = np.asarray(as_array(name, ids))
     if array.size == 0:  # an empty list has no integer type
         return array.astype(np.int32)
     if not np.issubdtype(array.dtype, np.integer):
@@ -107,19 +123,15 @@ def check_ids(ids: Any, vocab_size: int, name: str = "tokens") -> np.ndarray:
 
 def _flags(name: str, value: Any, shape: tuple[int, int], size: int) -> Array:
     """A flag per row and block; all False if left out."""
-    flags = jnp.zeros(shape, bool) if value is None else jnp.asarray(value)
+    flags = jnp.zeros(shape, bool) if value is None else as_array(name, value)
     if flags.shape != shape or flags.dtype != bool:
         raise ValueError(
-            f"{name} is {_describe(flags)}, but this call needs bool{list(shape)}: a flag for every row and block "
+            f"{name} is {describe(flags)}, but this call needs bool{list(shape)}: a flag for every row and block "
             f"of {size} tokens"
         )
-    return flags
+    return jnp.asarray(flags)
 
 
 def _known(*arrays: Array) -> bool:
     """Whether the values are known now, outside of `jax.jit` and other transformations."""
     return not any(isinstance(array, jax.core.Tracer) for array in arrays)
-
-
-def _describe(array: Any) -> str:
-    return f"{getattr(array, 'dtype', None) or jnp.result_type(array)}{list(jnp.shape(array))}"

@@ -74,7 +74,8 @@ class Decoder(nn.Module):
             tokens: Ids: int32 [b, t], any t. Check on the host that they are below `vocab_size`; on a device an
                 id outside it cannot raise.
             state: Where an earlier call stopped. None: every row starts a document.
-            lengths: Real tokens of each row, the rest being padding on the right: int32 [b]. None: all.
+            lengths: Real tokens of each row, the rest being padding on the right: int32 [b]. None: all. Inside
+                `jax.jit`, where values cannot be checked, what is outside 0..t counts as 0 or t.
             reset: The row starts a new document at this block of the call, block 0 being its open block, whose
                 tokens a reset drops: bool [b, ceil(t / block)]. None: nowhere.
             padded: The block ends in padding that `lengths` does not tell of, because a document ended there:
@@ -101,8 +102,8 @@ class Decoder(nn.Module):
         if self.is_initializing():  # the parameters are declared; reading the tokens would only cost time
             logits = jnp.zeros((batch, time, config.vocab_size), accumulation_dtype(jnp.dtype(config.dtype)))
             return DecoderOutput(logits=logits, state=call.state, rsp=rsp)
-        if rsp is not None and not config.fam_length:
-            raise ValueError("rsp was given, but this model has no FAM to start from it; leave it out")
+        if rsp is not None:
+            state_lib.check_rsp(config, rsp)
 
         plan, layout = make_plan(config, call, key=key, rsp_valid=None if rsp is None else rsp.valid)
         mixer = make_mixer(config.mixing, shape_of(config))

@@ -1,5 +1,6 @@
 """Generation: greedy or sampled, batched, with the streaming state passed in and out."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -10,10 +11,10 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from fam_jax.call import check_ids
+from fam_jax.call import as_array, check_ids
 from fam_jax.config import check_int
 from fam_jax.decoder import Decoder
-from fam_jax.state import StreamState
+from fam_jax.state import StreamState, check_state
 
 
 @struct.dataclass
@@ -74,23 +75,25 @@ def generate(
     if prompt.ndim != 2 or prompt.shape[1] == 0 or prompt.shape[0] == 0:
         raise ValueError(f"prompt must be of shape [batch, time] with at least one token, not {list(prompt.shape)}")
     batch, time = prompt.shape
-    lengths = np.full(batch, time) if lengths is None else np.asarray(lengths)
+    lengths = np.full(batch, time) if lengths is None else np.asarray(as_array("lengths", lengths))
     if lengths.shape != (batch,) or not np.issubdtype(lengths.dtype, np.integer):
         raise ValueError(f"lengths must be {batch} integers, one per row, not {lengths.dtype}{list(lengths.shape)}")
     if lengths.min() < 1 or lengths.max() > time:
         raise ValueError(f"lengths={lengths.tolist()} is not allowed; each row needs 1 to {time} prompt tokens")
     check_int("generate", "max_new_tokens", max_new_tokens, 1)
     max_new_tokens = int(max_new_tokens)
-    if not np.isfinite(temperature) or temperature < 0:
+    heat = _number(temperature)
+    if not 0 <= heat < math.inf:
         raise ValueError(f"temperature={temperature!r} is not allowed; it must be 0 (greedy) or a positive number")
     if top_k is not None:
         check_int("generate", "top_k", top_k, 1)
         if top_k > vocab:
             raise ValueError(f"top_k={top_k} is not allowed; it must be at most the vocabulary, {vocab}")
         top_k = int(top_k)
-    if top_p is not None and not 0 < top_p <= 1:
+    nucleus = None if top_p is None else _number(top_p)
+    if nucleus is not None and not 0 < nucleus <= 1:
         raise ValueError(f"top_p={top_p!r} is not allowed; it must be above 0 and at most 1")
-    if temperature > 0 and key is None:
+    if heat > 0 and key is None:
         raise ValueError(f"temperature={temperature!r} samples, which needs key=jax.random.key(seed)")
     stop = check_ids(stop_tokens, vocab, "stop_tokens")
     if stop.ndim != 1:
@@ -101,22 +104,32 @@ def generate(
     return _generate(
         model,
         max_new_tokens,
-        temperature == 0,
+        heat == 0,
         top_k,
-        top_p,
+        nucleus,
         variables,
         jnp.asarray(prompt),
         jnp.asarray(lengths, jnp.int32),
         state,
         jnp.asarray(stop),
-        jnp.float32(temperature),
+        jnp.float32(heat),
         keys,
     )
 
 
+def _number(value: Any) -> float:
+    """A number of any type as float; NaN for anything else, which no comparison admits."""
+    try:
+        return math.nan if isinstance(value, (bool, str, bytes)) else float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
 def _check_room(model: Decoder, state: StreamState | None, lengths: np.ndarray, new: int) -> StreamState:
-    """The state to start from; with full attention, one that is large enough."""
+    """The state to start from, which fits the model; with full attention, one that is large enough."""
     batch = len(lengths)
+    if state is not None:
+        check_state(model.config, state, batch)
     if model.config.memory is not None:
         return model.init_state(batch) if state is None else state
     if state is None:

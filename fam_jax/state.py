@@ -1,10 +1,12 @@
 """The streaming state: all that a decoder remembers of what it has read, as a value."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 from jax.typing import ArrayLike
@@ -118,13 +120,13 @@ def init_state(config: DecoderConfig, batch: int, max_length: int | None = None)
     Raises:
         ValueError: `batch` or `max_length` is missing or impossible.
     """
-    if batch < 1:
-        raise ValueError(f"batch={batch!r} is not allowed; a state needs at least one row")
+    if not _is_count(batch):
+        raise ValueError(f"batch={batch!r} is not allowed; a state needs a whole number of rows, at least one")
     if config.memory is None:
-        if max_length is None or max_length < 1:
+        if not _is_count(max_length):
             raise ValueError(
-                f"max_length={max_length!r} is not allowed; with full attention (memory=None) give the number of "
-                "tokens that the cache must hold"
+                f"max_length={max_length!r} is not allowed; with full attention (memory=None) give the whole "
+                "number of tokens that the cache must hold"
             )
         capacity = max_length
     else:
@@ -159,8 +161,39 @@ def check_state(config: DecoderConfig, state: StreamState, batch: int) -> None:
     expected = jax.eval_shape(lambda: init_state(config, batch, capacity))
     for field, want in expected.__dict__.items():
         have = getattr(state, field)
-        if have.shape != want.shape or have.dtype != want.dtype:
+        if getattr(have, "shape", None) != want.shape or have.dtype != want.dtype:
             raise ValueError(
-                f"state.{field} is {have.dtype}{list(have.shape)}, but this model and {batch} rows of tokens need "
-                f"{want.dtype}{list(want.shape)}; pass the state of the same config and batch"
+                f"state.{field} is {describe(have)}, but this model and {batch} rows of tokens need "
+                f"{describe(want)}; pass the state of the same config and batch"
             )
+
+
+def check_rsp(config: DecoderConfig, rsp: RSPState) -> None:
+    """Raises a ValueError, naming the field, unless `rsp` fits the model; its FAM may have any floating type."""
+    if not isinstance(rsp, RSPState):
+        raise ValueError(
+            f"rsp is a {type(rsp).__name__}; pass RSPState.zeros(config) at first, then the `rsp` of an earlier call"
+        )
+    if not config.fam_length:
+        raise ValueError("rsp was given, but this model has no FAM to start from it; leave it out")
+    expected = jax.eval_shape(lambda: RSPState.zeros(config))
+    for field, want, kind in (("fam", expected.fam, jnp.floating), ("valid", expected.valid, jnp.bool_)):
+        have = getattr(rsp, field)
+        if np.shape(have) != want.shape or not jnp.issubdtype(jnp.result_type(have), kind):
+            raise ValueError(
+                f"rsp.{field} is {describe(have)}, but this model needs {describe(want)}; begin with "
+                "RSPState.zeros(config)"
+            )
+
+
+def describe(value: Any) -> str:
+    """Type and shape of an array for a message; of anything else the name of its type."""
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        return type(value).__name__
+    return f"{value.dtype}{list(value.shape)}"
+
+
+def _is_count(value: Any) -> bool:
+    """Whether a number of rows or tokens is one. A dimension that `jax.export` leaves open is."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    return jax.export.is_symbolic_dim(value) or (whole and value >= 1)

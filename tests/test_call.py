@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fam_jax import Decoder, DecoderConfig, MemoryConfig, generate
+from fam_jax import Decoder, DecoderConfig, MemoryConfig, RSPState, generate
 
 CONFIG = DecoderConfig(
     vocab_size=11,
@@ -42,6 +42,61 @@ def test_ids_outside_the_vocabulary_are_refused_where_they_are_known(variables, 
 def test_other_tokens_are_refused(variables, tokens):
     with pytest.raises(ValueError, match="tokens must be integer ids of shape"):
         MODEL.apply(variables, tokens)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tokens", [[1, 2], [3]]),
+        ("lengths", [[1, 2], [3]]),
+        ("lengths", "52"),
+        ("lengths", [5, 6]),
+        ("lengths", [2**32, 5]),
+        ("reset", [[True, False], [True]]),
+        ("padded", ["a", "b"]),
+    ],
+)
+def test_lists_that_fit_no_call_are_named(variables, name, value):
+    with pytest.raises(ValueError, match=name):
+        MODEL.apply(variables, **{"tokens": TOKENS, name: value})
+
+
+def test_lengths_beyond_the_columns(variables):
+    """Refused where values are known; inside of jit they count as all columns or none, as the docstring says."""
+
+    @jax.jit
+    def apply(lengths):
+        return MODEL.apply(variables, TOKENS, lengths=lengths)
+
+    for wrong, meant in (([9, 5], [5, 5]), ([-2, 3], [0, 3])):
+        with pytest.raises(ValueError, match=r"lengths=.* is not allowed; each must be between 0 and the 5 columns"):
+            MODEL.apply(variables, TOKENS, lengths=jnp.array(wrong))
+        jax.tree.map(np.testing.assert_array_equal, apply(jnp.array(wrong)), apply(jnp.array(meant)))
+
+
+@pytest.mark.parametrize(
+    ("rsp", "message"),
+    [
+        (jnp.zeros((2, 2, 8)), "rsp is a ArrayImpl; pass RSPState.zeros"),
+        (RSPState(jnp.zeros((2, 3, 8)), jnp.array(True)), r"rsp\.fam is float32\[2, 3, 8\], .* float32\[2, 2, 8\]"),
+        (RSPState(jnp.zeros((2, 2, 8)), jnp.ones(2, bool)), r"rsp\.valid is bool\[2\], .* bool\[\]"),
+        (RSPState(jnp.zeros((2, 2, 8)), 1), r"rsp\.valid is int"),
+        (RSPState(None, None), r"rsp\.fam is NoneType"),
+        (RSPState(jnp.zeros((2, 2, 8)), None), r"rsp\.valid is NoneType"),
+    ],
+)
+def test_what_is_no_stored_fam_of_this_model(variables, rsp, message):
+    with pytest.raises(ValueError, match=message):
+        MODEL.apply(variables, TOKENS, rsp=rsp)
+
+
+@pytest.mark.parametrize("count", [0, -1, 4.5, 2.0, True, "3", None])
+def test_counts_of_rows_and_tokens(count):
+    full = Decoder(DecoderConfig(11, 1, 8, 2, 1, 4, 8))
+    with pytest.raises(ValueError, match=f"batch={count!r} is not allowed; a state needs a whole number of rows"):
+        MODEL.init_state(count)
+    with pytest.raises(ValueError, match=f"max_length={count!r} is not allowed; with full attention"):
+        full.init_state(1, count)
 
 
 def test_an_output_is_no_state(variables):

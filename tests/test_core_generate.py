@@ -204,6 +204,8 @@ def changed(column, value):
 BAD = {
     "negative id": (dict(prompt=changed(0, -1)), "-1"),
     "id beyond the vocabulary": (dict(prompt=changed(0, 29)), "29"),
+    "rows of different lengths": (dict(prompt=[[1, 2], [3]]), "prompt=[[1, 2], [3]] is not allowed"),
+    "text as prompt": (dict(prompt=["a", "b"]), "prompt"),
     "floating ids": (dict(prompt=PROMPT.astype(np.float32)), "float32"),
     "boolean ids": (dict(prompt=PROMPT > 3), "bool"),
     "empty prompt": (dict(prompt=PROMPT[:, :0]), "prompt"),
@@ -212,24 +214,34 @@ BAD = {
     "an empty row without a state": (dict(lengths=np.array([3, 0, 1, 1])), "lengths"),
     "negative length": (dict(lengths=np.array([3, -1, 1, 1])), "-1"),
     "length beyond the prompt": (dict(lengths=np.array([3, WIDTH + 1, 1, 1])), str(WIDTH + 1)),
+    "lengths in rows": (dict(lengths=[[3, 1], [1]]), "lengths"),
     "lengths of another batch": (dict(lengths=np.array([3, 1])), "lengths"),
     "negative temperature": (dict(temperature=-0.5, key=KEY), "-0.5"),
     "temperature that is no number": (dict(temperature=float("nan"), key=KEY), "nan"),
     "infinite temperature": (dict(temperature=float("inf"), key=KEY), "inf"),
+    "temperature in words": (dict(temperature="hot", key=KEY), "temperature='hot'"),
+    "temperature in figures": (dict(temperature="1", key=KEY), "temperature='1'"),
+    "temperatures": (dict(temperature=[1.0, 2.0], key=KEY), "temperature=[1.0, 2.0]"),
+    "no temperature": (dict(temperature=None), "temperature=None"),
     "sampling without a key": (dict(temperature=1.0), "key"),
     "top_k of zero": (dict(top_k=0, temperature=1.0, key=KEY), "top_k"),
     "fractional top_k": (dict(top_k=2.5, temperature=1.0, key=KEY), "2.5"),
     "top_p of zero": (dict(top_p=0.0, temperature=1.0, key=KEY), "top_p"),
+    "top_p in words": (dict(top_p="most", temperature=1.0, key=KEY), "top_p='most'"),
     "top_p above one": (dict(top_p=1.5, temperature=1.0, key=KEY), "1.5"),
     "nothing to generate": (dict(max_new_tokens=0), "max_new_tokens"),
     "negative count": (dict(max_new_tokens=-3), "-3"),
+    "stop tokens in rows": (dict(stop_tokens=[[1, 2], [3]]), "stop_tokens"),
+    "an array as state": (dict(state=np.zeros(3)), "state is a ndarray; pass the `state`"),
+    "text as state": (dict(state="fresh"), "state is a str; pass the `state`"),
     "stop token outside the vocabulary": (dict(stop_tokens=(2, 29)), "29"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_clear_error(name):
-    model, variables = setup(CONFIG)
+@pytest.mark.parametrize("config", [CONFIG, FULL], ids=["fam", "full"])
+def test_bad_input_is_one_clear_error(name, config):
+    model, variables = setup(config)
     options, named = BAD[name]
     arguments = {"prompt": PROMPT, "max_new_tokens": 2, **options}
     with pytest.raises(ValueError, match=re.escape(named)):
