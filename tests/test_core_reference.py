@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import (
@@ -21,6 +22,7 @@ from reference import (
 )
 
 from fam_jax import Decoder
+from lime_jax import LimeConfig
 
 SCHEDULES = ("layer", "block")
 T = 4 * B + 3  # an odd length: four whole blocks and an open one
@@ -161,8 +163,9 @@ def test_gradients_equal_finite_differences_of_the_loop(x64):
         (fam_config(dtype="bfloat16", param_dtype="float32"), 2e-2),
         (fam_config(dtype="bfloat16", param_dtype="float32", schedule="block"), 2e-2),
         (fam_config({"segments": 0}, dtype="bfloat16", param_dtype="bfloat16"), 2e-2),
+        (fam_config(dtype="float32", param_dtype="bfloat16"), 1e-5),
     ],
-    ids=["fam-f32", "fam-f32-block-parallel", "full-f32", "fam-bf16", "fam-bf16-block", "fam-all-bf16"],
+    ids=["fam-f32", "fam-f32-block-parallel", "full-f32", "fam-bf16", "fam-bf16-block", "fam-all-bf16", "fam-bf16-f32"],
 )
 def test_lower_precisions_stay_within_their_tolerance(config, tolerance):
     """With the model's own initial weights: larger ones amplify rounding beyond what the tolerance is for."""
@@ -173,6 +176,28 @@ def test_lower_precisions_stay_within_their_tolerance(config, tolerance):
     assert out.logits.dtype == np.float32
     want = [(fam_decoder if config.memory else dense_decoder)(params, config, row) for row in TOKENS]
     assert_close(out.logits, np.stack([read.logits if config.memory else read for read in want]), tolerance)
+
+
+def test_gradients_of_bfloat16_parameters_in_float32():
+    """Finite, of the parameters' type, and those of the same values as float32 parameters but for rounding."""
+    exact = fam_config(mixing=LimeConfig(), dtype="float32", param_dtype="float32")
+    half = dataclasses.replace(exact, param_dtype="bfloat16")
+    params = quick_jit(Decoder(half).init)(jax.random.key(1), TOKENS)["params"]
+
+    def gradients(config, params):
+        def loss(p):
+            out = Decoder(config).apply({"params": p}, TOKENS[:1, : 2 * B])
+            assert out.logits.dtype == jnp.float32
+            return -jnp.mean(jax.nn.log_softmax(out.logits)[..., 0]) + jnp.mean(out.state.fam**2)
+
+        return quick_jit(jax.grad(loss))(params)
+
+    got = gradients(half, params)
+    want = gradients(exact, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == jnp.bfloat16
+        assert np.all(np.isfinite(a.astype(np.float32)))
+        assert_close(a, b, 1e-2, jax.tree_util.keystr(path))
 
 
 @pytest.mark.parametrize(("parallel", "schedule"), [(False, "layer"), (True, "block")])

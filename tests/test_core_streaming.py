@@ -88,6 +88,20 @@ def test_splits_equal_one_call(name, x64):
         assert_trees_close(readable(state), readable(whole.state), 1e-10)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_token_by_token_equals_one_call_in_every_precision(dtype, tolerance):
+    """With the default FAM, and the model's own initial weights: larger ones amplify rounding."""
+    with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
+        config = fam_config(dtype=dtype, param_dtype=dtype)
+        run, length = runner(config), 3 * B + 1
+        params = quick_jit(Decoder(config).init)(jax.random.key(1), LONG)["params"]
+        whole = run(params, LONG[:, :length])
+        logits, state = feed(run, params, LONG, [1] * length)
+        assert state.fam.dtype == dtype
+        assert_close(logits, whole.logits, tolerance)
+        assert_trees_close(readable(state), readable(whole.state), tolerance)
+
+
 @pytest.mark.parametrize(("schedule", "count"), [("layer", 1000), ("block", 100)])
 def test_random_splits_compile_once_per_length(schedule, count):
     """The offset inside the open block is data: 1,000 splits of a text, one compilation per length of a call."""
