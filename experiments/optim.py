@@ -29,7 +29,7 @@ class OptimConfig:
 
     Attributes:
         optimizer: "adamw", or "adafactor", which the paper used.
-        learning_rate: Peak value. Adafactor multiplies it by the root mean square of each parameter.
+        learning_rate: Peak value. Adafactor multiplies it by the root mean square of each parameter, layer by layer.
         router_scale: Learning rate of LIMe's routers relative to that of all other parameters.
         schedule: After the warm-up: "constant", "cosine" or "linear" down to `final_scale` of the peak.
         warmup_steps: Steps of linear rise to the peak, the first at 1 / `warmup_steps` of it.
@@ -126,17 +126,34 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decayed, params)
 
 
+def _by_layer(blocks: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A stateless transformation of whole arrays, applied to every layer by itself where layers are stacked."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        def one(path: tuple, *arrays: Any) -> Any:
+            def apply(update: Any, param: Any) -> Any:
+                return blocks.update(update, state, param)[0]
+
+            stacked = any(part.key == "layers" for part in path)
+            return (jax.vmap(apply) if stacked else apply)(*arrays)
+
+        return jax.tree_util.tree_map_with_path(one, updates, params), state
+
+    return optax.GradientTransformation(blocks.init, update)
+
+
 def _adafactor(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     # Not optax.adafactor: it has no upper limit for the second moment's decay, which the paper gives as 0.99,
-    # and its weight decay ignores the learning rate. Without these two the updates are the same (a test
-    # compares them).
+    # its weight decay ignores the learning rate, and it would clip and scale all layers of a stack by the size that
+    # they have together. Without these three the updates are the same (a test compares them). Second moments are
+    # factored over a weight's two largest axes, which the layers of a stack are not.
     def second_moment_decay(step: Any, rate: Any) -> jax.Array:
         return jnp.minimum(1.0 - (jnp.asarray(step, jnp.float32) + 1.0) ** -rate, config.b2)
 
     return optax.chain(
         optax.scale_by_factored_rms(decay_rate_fn=second_moment_decay),
-        optax.clip_by_block_rms(1.0),
-        optax.scale_by_param_block_rms(),
+        _by_layer(optax.clip_by_block_rms(1.0)),
+        _by_layer(optax.scale_by_param_block_rms()),
         optax.ema(config.b1, debias=False) if config.b1 else optax.identity(),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(schedule),

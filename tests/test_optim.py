@@ -109,6 +109,31 @@ def test_adafactor_is_that_of_optax_until_its_limit():
     assert sizes.count(params["wq"].size) == 1  # the momentum only
 
 
+def test_adafactor_treats_each_layer_of_a_stack_as_a_parameter_of_its_own():
+    """Layers of very different sizes and gradients: stacked they are updated as each would be alone."""
+    config = OptimConfig(optimizer="adafactor", learning_rate=1e-2, schedule="constant", clip_norm=None)
+    rng, sizes = np.random.default_rng(0), np.array([0.1, 1.0, 30.0])
+    shapes = {"wq": (128, 160), "attn_norm": (7,)}
+    weights = {name: rng.normal(size=(3, *shape)).astype(np.float32) for name, shape in shapes.items()}
+    start = {name: (w.T * sizes).T.astype(np.float32) for name, w in weights.items()}
+    # The second step's gradients are larger, some layers' by far more than others', so that the clipping acts.
+    grads = [start, {name: (w.T * sizes[::-1] ** 2).T.astype(np.float32) for name, w in weights.items()}]
+
+    def moved(params, grads):
+        tx, _ = make_optimizer(config, 10)
+        update, state = jax.jit(tx.update), tx.init(params)
+        for grad in grads:
+            updates, state = update(grad, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    stacked = moved({"layers": start}, [{"layers": grad} for grad in grads])["layers"]
+    for layer in range(3):
+        alone = moved(*jax.tree.map(lambda leaf, i=layer: leaf[i], (start, grads)))
+        for name in shapes:
+            np.testing.assert_allclose(stacked[name][layer], alone[name], rtol=1e-5, atol=1e-7)
+
+
 def test_clipping_is_by_the_global_norm():
     params = {"wq": jnp.zeros((1, 4, 4)), "embed": jnp.zeros((3, 4))}
     config = OptimConfig(clip_norm=1.0)
