@@ -28,6 +28,7 @@ from experiments.config import TrainConfig
 from experiments.data import DataError, load_tokenizer
 from experiments.data.passkey import PasskeyData, PasskeyTokenizer
 from experiments.data.questions import QuestionData
+from experiments.data.tokenizers import encode_pieces
 from experiments.measures import check_positive
 from fam_jax import Decoder, StreamState, generate
 from fam_jax.call import check_ids
@@ -112,7 +113,7 @@ def continue_text(
         model: The decoder.
         variables: Its parameters.
         tokenizer: That of its training.
-        texts: The prompt in pieces, each tokenized by itself.
+        texts: The prompt in pieces, tokenized as if it came at once.
         max_new_tokens: The answer ends here, or at the tokenizer's end of text.
         chunk: Tokens that the model reads at a time, rounded up to whole blocks.
         temperature: See `fam_jax.generate`, so for the others.
@@ -126,7 +127,7 @@ def continue_text(
     check_positive(chunk=chunk)
     memory, vocab = model.config.memory, model.config.vocab_size
     size = chunk if memory is None else -(-chunk // memory.block_size) * memory.block_size
-    pieces: Iterator[np.ndarray] = (check_ids(tokenizer.encode(text), vocab, "prompt") for text in texts)
+    pieces: Iterator[np.ndarray] = (check_ids(ids, vocab, "prompt") for ids in encode_pieces(tokenizer, texts))
     if memory is None:  # the cache is made for the whole text, so its length must be known
         pieces = iter([np.concatenate([np.zeros(0, np.int32), *pieces])])
     state: StreamState | None = None

@@ -25,9 +25,9 @@ def test_modules_files_and_pictures_that_it_names_exist():
         assert (ROOT / "experiments" / "configs" / f"{config}.py").is_file(), config
     table = [line for line in README.splitlines() if line.startswith("| `")]
     for line in table:
-        folder = None
+        folder = Path()
         for name in re.findall(r"`([^`]+)`", line.split("|")[1]):
-            path = ROOT / name if "/" in name else ROOT / str(folder) / name
+            path = ROOT / name if "/" in name.rstrip("/") else ROOT / folder / name
             assert path.exists(), name
             folder = path.parent.relative_to(ROOT) if path.is_file() else folder
 
