@@ -69,7 +69,7 @@ def parts(options: Options) -> dict[str, Part]:
     """The three models, by the label that tables give them."""
     fam, bswa, text = (configs.get(name) for name in ("passkey", "passkey_bswa", "lm"))
     blocks: tuple[int, ...] = (4,) if options.smoke else (4, 6, 12)
-    steps = 4 if options.smoke else 900
+    steps = 4 if options.smoke else 1500
 
     def passkey(config: TrainConfig) -> TrainConfig:
         assert isinstance(config.data, PasskeyData)
@@ -81,7 +81,7 @@ def parts(options: Options) -> dict[str, Part]:
     assert isinstance(text.data, data.TextData)
     rows = dataclasses.replace(text.data, length=512, batch_size=8)
     text = dataclasses.replace(text, data=rows, steps=4 if options.smoke else 600, eval_every=0, checkpoint_every=200)
-    made = {"FAM": Part(passkey(fam), 150), "window only": Part(passkey(bswa), 60), "FAM, text": Part(text, 160)}
+    made = {"FAM": Part(passkey(fam), 200), "window only": Part(passkey(bswa), 60), "FAM, text": Part(text, 180)}
     return {label: dataclasses.replace(part, config=_settle(options, part.config)) for label, part in made.items()}
 
 
