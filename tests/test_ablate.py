@@ -68,14 +68,19 @@ def test_what_is_not_known_is_named(options, change, message):
 
 
 @pytest.mark.parametrize("size", arithmetic.SIZES)
-def test_arms_differ_in_the_mixing_alone(size):
+def test_arms_differ_in_mixing_and_learning_rate_alone(size):
     arms = arithmetic.arms(size)
-    assert {label: config.model.mixing for label, config in arms.items()} == {"baseline": None, "LIMe": LimeConfig()}
-    same = [
-        dataclasses.replace(config, name="same", model=dataclasses.replace(config.model, mixing=None))
-        for config in arms.values()
-    ]
-    assert same[0] == same[1]
+    baseline, mixed, at_its_rate = arms.values()
+    assert (baseline.model.mixing, mixed.model.mixing) == (None, LimeConfig())
+
+    def rest(config):
+        model = dataclasses.replace(config.model, mixing=None)
+        optim = dataclasses.replace(config.optim, learning_rate=1.0)
+        return dataclasses.replace(config, name="same", model=model, optim=optim)
+
+    assert rest(baseline) == rest(mixed) == rest(at_its_rate)
+    assert at_its_rate.model == baseline.model
+    assert at_its_rate.optim == mixed.optim
 
 
 def test_command_line():
