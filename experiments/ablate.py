@@ -21,7 +21,7 @@ from experiments.config import TrainConfig, check
 from experiments.data.questions import QuestionData
 from experiments.process import BusyError, Stopped
 from experiments.train import NonFiniteError, train
-from experiments.typed import to_json
+from experiments.typed import from_json, to_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,8 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
 
 def _is_of(config: TrainConfig, result: results.Result) -> bool:
     """Whether a result is that of a config, wherever the run's files are."""
-    now, then = to_json(config), result.config["train"]
+    now = to_json(config)
+    then = to_json(from_json(result.config["train"], TrainConfig))  # settings that are newer have their defaults
     return all(now[field] == then[field] for field in ("model", "data", "optim", "steps", "seed"))
 
 

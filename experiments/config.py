@@ -12,12 +12,12 @@ from experiments.data.passkey import PasskeyData
 from experiments.data.prosqa import ProsqaData
 from experiments.optim import OptimConfig, make_schedule
 from experiments.typed import check_types
-from fam_jax import DecoderConfig
+from fam_jax import DecoderConfig, MeshConfig
 
 # What may differ when a run is continued; the trainer prints what does. Everything else makes it another run.
 MAY_CHANGE = re.compile(
     r"name|steps|eval_every|eval_steps|checkpoint_every|keep|log_every|work_dir|z_loss|optim\.(?!optimizer).*"
-    r"|model\.(schedule|remat|scan_layers)|data\.(data_dir|tfds_dir)"
+    r"|model\.(schedule|remat|scan_layers|sharding\..*)|mesh\..*|data\.(data_dir|tfds_dir)"
 )
 
 
@@ -40,6 +40,7 @@ class TrainConfig:
         checkpoint_every: Steps from one checkpoint to the next; the end always has one, and 0 is only there.
         keep: Checkpoints kept; older ones are deleted.
         work_dir: Folder of checkpoints, metrics and the config; None is `runs/NAME`.
+        mesh: How the devices are used; what goes over which of its axes is `model.sharding`.
     """
 
     name: str
@@ -55,6 +56,7 @@ class TrainConfig:
     checkpoint_every: int = 200
     keep: int = 2
     work_dir: str | None = None
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         check_types(self)

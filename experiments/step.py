@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax import Array
+from jax.sharding import Mesh, NamedSharding
 
 from experiments.config import TrainConfig
-from fam_jax import Decoder, RSPState, StreamState
+from fam_jax import Decoder, RSPState, StreamState, tree_shardings
+from fam_jax.sharding import fit
 
 
 @struct.dataclass
@@ -50,6 +52,26 @@ def create_state(config: TrainConfig, model: Decoder, optimizer: optax.GradientT
         stream=model.init_state(config.data.batch_size) if config.stream else None,
         rsp=RSPState.zeros(config.model) if memory and memory.rsp else None,
     )
+
+
+def shard(config: TrainConfig, mesh: Mesh, state: TrainState) -> TrainState:
+    """Shapes of a state, each with its place on the mesh."""
+    places = tree_shardings(config.model.sharding, mesh, state, state.params)
+
+    def one(leaf: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return jax.tree.map(one, state, places)
+
+
+def shard_batch(config: TrainConfig, mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, Array]:
+    """A batch, its rows spread over the mesh."""
+
+    def place(leaf: Any) -> Array:
+        spec = config.model.sharding.spec("batch", *[None] * (leaf.ndim - 1))
+        return jax.device_put(leaf, NamedSharding(mesh, fit(spec, leaf.shape, mesh)))
+
+    return {name: place(leaf) for name, leaf in batch.items()}
 
 
 def token_sums(logits: Array, targets: Array, weights: Array) -> dict[str, Array]:
@@ -102,9 +124,20 @@ def _apply(model: Decoder, params: Any, batch: Mapping[str, Array], stream: Stre
 
 
 def make_train_step(
-    config: TrainConfig, model: Decoder, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+    config: TrainConfig,
+    model: Decoder,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    places: TrainState | None = None,
 ) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, dict[str, Array]]]:
     """The jitted training step.
+
+    Args:
+        config: The run's.
+        model: The decoder.
+        optimizer: The optimiser.
+        schedule: The learning rate by step.
+        places: Sharding of every part of the next state; None leaves that to XLA.
 
     Returns:
         A function (state, batch) -> (next state, metrics), which consumes the state that it is given. Metrics
@@ -140,7 +173,7 @@ def make_train_step(
         )
         return new_state, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=None if places is None else (places, None))
 
 
 def make_eval_step(

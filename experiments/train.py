@@ -34,9 +34,18 @@ from experiments.data.questions import QuestionBatches, QuestionData
 from experiments.metrics import MetricsLog, Throughput
 from experiments.optim import make_optimizer
 from experiments.process import BusyError, only_process, set_aside, stop_signals
-from experiments.step import TrainState, create_state, make_eval_step, make_train_step, means
+from experiments.step import (
+    TrainState,
+    create_state,
+    make_eval_step,
+    make_train_step,
+    means,
+    shard,
+    shard_batch,
+)
 from experiments.typed import to_json
-from fam_jax import Decoder
+from fam_jax import Decoder, make_mesh
+from fam_jax.sharding import table
 
 Callback = Callable[[int, dict[str, float], TrainState], bool | None]
 
@@ -107,12 +116,16 @@ class _Run:
         self, config: TrainConfig, fresh: bool, progress: bool, callback: Callback | None, stack: contextlib.ExitStack
     ):
         self.config, self.progress, self.callback = config, progress, callback
+        self.mesh = make_mesh(config.mesh)
+        stack.enter_context(jax.set_mesh(self.mesh))
         self.model = Decoder(config.model)
         optimizer, schedule = make_optimizer(config.optim, config.steps)
-        self.train_step = make_train_step(config, self.model, optimizer, schedule)
-        self.eval_step = make_eval_step(self.model)
         create = functools.partial(create_state, config, self.model, optimizer)
-        shapes = jax.eval_shape(create)
+        shapes = shard(config, self.mesh, jax.eval_shape(create))
+        places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+        begin = jax.jit(create, out_shardings=places)
+        self.train_step = make_train_step(config, self.model, optimizer, schedule, places)
+        self.eval_step = make_eval_step(self.model)
         # Whatever is wrong with the data shows here, before anything is compiled and before the folder is touched.
         self.batches = load_data(config.data, "train")
         self.validation = load_data(config.data, "validation") if config.eval_every else None
@@ -120,7 +133,7 @@ class _Run:
         self.stop = stack.enter_context(stop_signals())  # an interrupt that is raised while XLA compiles can get lost
         self._take_folder(fresh, stack)
         self.checkpoints = Checkpoints(config.directory / "checkpoints", config.keep)
-        self.start, self.state = self._begin(create, shapes)
+        self.start, self.state = self._begin(begin, shapes)
         self.log = stack.enter_context(contextlib.closing(MetricsLog(config.directory, self.start)))
         self.bar = stack.enter_context(
             tqdm(
@@ -157,12 +170,21 @@ class _Run:
             self.batches.set_state(restored.data)  # refuses other data, before run.json would name it
         size = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
         device = jax.devices()[0]
-        say(f"{config.name}: {size / 1e6:,.2f}M parameters on {device.device_kind} ({device.platform})")
+        count = "" if self.mesh.size == 1 else f"{self.mesh.size} x "
+        say(f"{config.name}: {size / 1e6:,.2f}M parameters on {count}{device.device_kind} ({device.platform})")
+        if self.mesh.size > 1:
+            say(table(config.model.sharding, self.mesh, shapes.params))
+            rows = math.prod(self.mesh.shape[axis] for axis in config.model.sharding.batch)
+            if config.data.batch_size % rows:
+                say(
+                    f"WARNING: data.batch_size={config.data.batch_size} is not a multiple of the {rows} devices that "
+                    "rows are spread over, so that some do the same work; change it, or mesh.data and mesh.fsdp"
+                )
         say(f"files: {config.directory.resolve()} (checkpoints/, metrics.jsonl, tensorboard/, run.json)")
         if restored is None:
             say(f"a new run of {config.steps:,} steps")
             _write_run(config)
-            return 0, jax.jit(create)()
+            return 0, create()
         for field, before, now in restored.changed:
             say(f"changed since the last start: {field} was {before!r} and is {now!r}")
             if field == "steps" and config.optim.schedule != "constant" and config.optim.decay_steps is None:
@@ -180,7 +202,7 @@ class _Run:
             self._say(f"nothing is left to do: {step:,} of {config.steps:,} steps are made; give more --steps")
         for step in range(self.start + 1, config.steps + 1):
             batch = next(self.batches)
-            self.state, metrics = self.train_step(self.state, batch)
+            self.state, metrics = self.train_step(self.state, shard_batch(config, self.mesh, batch))
             if pending:
                 self._settle(*pending)
             pending = (step, metrics, batch["tokens"].size)
@@ -257,7 +279,8 @@ class _Run:
         stream = self.model.init_state(self.config.data.batch_size) if self.config.stream else None
         total: dict[str, float] = {}
         for _ in range(self.config.eval_steps):
-            sums, stream = self.eval_step(self.state.params, next(self.validation), stream)
+            batch = shard_batch(self.config, self.mesh, next(self.validation))
+            sums, stream = self.eval_step(self.state.params, batch, stream)
             for name, value in jax.device_get(sums).items():
                 total[name] = total.get(name, 0.0) + float(value)  # in float64: many batches lose nothing
         values = means(total)

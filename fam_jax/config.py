@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fam_jax.sharding import FSDP_TP, ShardingRules
 from lime_jax import MixingConfig
 
 DTYPES = ("float32", "bfloat16", "float64")
@@ -162,6 +163,7 @@ class DecoderConfig:
         param_dtype: Type of the parameters.
         remat: Recompute a layer's activations in the backward pass instead of keeping them.
         scan_layers: One compiled layer in a `jax.lax.scan`; False unrolls them. Same parameters either way.
+        sharding: What is spread over which axis of the mesh, if there is one; see `fam_jax.sharding`.
     """
 
     vocab_size: int
@@ -183,6 +185,7 @@ class DecoderConfig:
     param_dtype: str = "float32"
     remat: bool = False
     scan_layers: bool = True
+    sharding: ShardingRules = FSDP_TP
 
     def __post_init__(self) -> None:
         name = "DecoderConfig"
@@ -204,6 +207,8 @@ class DecoderConfig:
             raise ValueError(f"DecoderConfig.mixing={self.mixing!r} is not allowed; give a config of lime_jax, or None")
         for field in ("parallel_block", "qk_norm", "tie_embeddings", "remat", "scan_layers"):
             check_bool(name, field, getattr(self, field))
+        if not isinstance(self.sharding, ShardingRules):
+            raise ValueError(f"DecoderConfig.sharding={self.sharding!r} is not allowed; give ShardingRules")
         check_real(name, "rope_base", self.rope_base, 1.0)
         check_real(name, "norm_eps", self.norm_eps, 0.0)
 

@@ -21,6 +21,7 @@ from jax import Array
 from fam_jax.config import DecoderConfig, MemoryConfig
 from fam_jax.ops import Source, accumulation_dtype, attend, rotate
 from fam_jax.plan import Plan
+from fam_jax.sharding import constrain, gather
 from fam_jax.sublayers import LayerParams, finish, project
 from lime_jax import Depth, Mixer
 
@@ -189,7 +190,8 @@ def scan_blocks(
             return new
 
         new = jax.lax.cond(jnp.any(complete), compress, lambda: fam) if skip_incomplete else compress()
-        fam = jnp.where(complete[:, None, None], new, fam)
+        # Were the carry laid out otherwise than it came in, every block would move it.
+        fam = constrain(config.sharding, jnp.where(complete[:, None, None], new, fam), "batch", None, None)
         kept = jnp.where(store, fam[0], kept)
         slots = (*here.own, *[entering] * (mixer.per_layer - len(here.own)))
         return (fam, kept), (own.k, own.v, slots)
@@ -199,6 +201,7 @@ def scan_blocks(
     over_blocks = (block.k, block.v, plan.complete, plan.fresh, plan.passed, plan.position, depth.pushed)
     k, v, complete, fresh, passed, position, pushed = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), over_blocks)
     bank = None if depth.bank is None else jnp.moveaxis(depth.bank, 2, 0)
+    fam = constrain(config.sharding, fam, "batch", None, None)
     carry = (fam, jnp.zeros(fam.shape[1:], fam.dtype))
     xs = (k, v, plan.index, complete, fresh, passed, position, plan.store, bank, pushed)
     (fam, kept), out = jax.lax.scan(step, carry, xs)
@@ -226,6 +229,7 @@ def climb(
     """
     memory = config.memory
     assert memory is not None
+    params = gather(config.sharding, params)
     prompt, add = mixer.enter(params.mixing, carry, depth, 0)
     q, k, v, depth = project(config, mixer, params, prompt, depth)
     start = None if memory.positions == "local" else jnp.zeros(())

@@ -13,6 +13,7 @@ from fam_jax.config import DecoderConfig
 from fam_jax.fam import FamInputs, scan_blocks
 from fam_jax.ops import Source, attend, rotate
 from fam_jax.plan import Plan
+from fam_jax.sharding import constrain, gather
 from fam_jax.state import LayerMemory
 from fam_jax.sublayers import LayerParams, finish, project
 from lime_jax import Depth, Mixer
@@ -46,12 +47,16 @@ def layer(
         What goes to the next layer; what this layer remembers now; the FAM that Random State Passing keeps [f, d]; what
         later layers may read, slots by name of their bank.
     """
+    rules = config.sharding
+    params = gather(rules, params)
     depth, fam_depth = (depths.get(name, NO_DEPTH) for name in ("tokens", "fam"))
     x, add = mixer.enter(params.mixing, carry, depth, 0)
     _, windows, width, _ = x.shape
     size = memory.open_k.shape[1]
     q, k, v, depth = project(config, mixer, params, x, depth)
     k, v = _fill(k, memory.open_k, plan), _fill(v, memory.open_v, plan)
+    q = constrain(rules, q, "batch", "block", None, "heads", None)
+    k, v = (constrain(rules, part, "batch", "block", None, "kv_heads", None) for part in (k, v))
 
     slots = jnp.arange(size)
     query_slots = jnp.arange(width) + (0 if plan.slot is None else plan.slot[:, :, None])
@@ -88,6 +93,7 @@ def layer(
         )
         sources.append(fam_source)
     carry, depth = finish(config, mixer, params, x, add, attend(q, sources), depth)
+    carry = constrain(rules, carry, "batch", "block", None, None)
 
     done = jnp.sum(plan.complete, axis=1)
     segment_k, open_k = _advance(all_k, done, config.segments)

@@ -1,7 +1,7 @@
 """The streaming state: all that a decoder remembers of what it has read, as a value."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.export
@@ -55,6 +55,19 @@ class StreamState:
     blocks: Array
     shift: Array
 
+    # For `fam_jax.sharding`.
+    logical_axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
+        "segment_k": (None, "batch", None, None, "kv_heads", None),
+        "segment_v": (None, "batch", None, None, "kv_heads", None),
+        "open_k": (None, "batch", None, "kv_heads", None),
+        "open_v": (None, "batch", None, "kv_heads", None),
+        "fam": (None, "batch", None, None),
+        "fresh": ("batch",),
+        "offset": ("batch",),
+        "blocks": ("batch",),
+        "shift": ("batch",),
+    }
+
     @property
     def layers(self) -> LayerMemory:
         """The part that belongs to layers, each field stacked over layers."""
@@ -98,6 +111,8 @@ class RSPState:
 
     fam: Array
     valid: Array
+
+    logical_axes: ClassVar[dict[str, tuple[str | None, ...]]] = {"fam": (None, None, "embed"), "valid": ()}
 
     @classmethod
     def zeros(cls, config: DecoderConfig) -> "RSPState":

@@ -36,7 +36,7 @@ def test_training_commands_are_understood():
     commands = re.findall(r"python -m experiments\.train (--config [^`#\n]+)", README)
     assert commands
     # Settings that the text gives without a command are for the same configs.
-    extra = [shlex.split(text) for text in re.findall(r"`(--(?:model|data|optim)\.[^`]+)`", README) if " " in text]
+    extra = [shlex.split(text) for text in re.findall(r"`(--(?:model|data|optim|mesh)\.[^`]+)`", README) if " " in text]
     for command in commands:
         name, *overrides = shlex.split(command)[1:]
         if "--help" not in overrides:

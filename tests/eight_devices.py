@@ -1,0 +1,130 @@
+"""Sharded against one device; `test_sharding.py` runs it in a process of its own, which has eight devices.
+
+XLA_FLAGS=--xla_force_host_platform_device_count=8 pytest tests/eight_devices.py
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fam_jax import Decoder, DecoderConfig, MemoryConfig, MeshConfig, RSPState, make_mesh, tree_shardings
+from fam_jax.sharding import PRESETS
+from lime_jax import HyperConnectionsConfig, LimeConfig
+
+STEPS = 5
+MEMORY = MemoryConfig(block_size=8, segments=1, fam_length=2, rsp=0.8)
+PLAIN = DecoderConfig(
+    vocab_size=64,
+    num_layers=2,
+    d_model=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    d_ff=64,
+    memory=MemoryConfig(block_size=8, segments=1),
+)
+MODELS = {
+    "full": dataclasses.replace(PLAIN, memory=None),
+    "BSWA": PLAIN,
+    "FAM": dataclasses.replace(PLAIN, memory=MEMORY),
+    "LIMe": dataclasses.replace(PLAIN, mixing=LimeConfig()),
+    "FAM with LIMe": dataclasses.replace(PLAIN, memory=MEMORY, mixing=LimeConfig(), remat=True),
+    "FAM, one key head, block schedule": dataclasses.replace(PLAIN, memory=MEMORY, num_kv_heads=1, schedule="block"),
+    "FAM with streams": dataclasses.replace(PLAIN, memory=MEMORY, mixing=HyperConnectionsConfig()),
+}
+MESHES = {
+    "dp": ("dp", MeshConfig(data=8, fsdp=1)),
+    "fsdp": ("fsdp", MeshConfig()),
+    "fsdp_tp": ("fsdp_tp", MeshConfig(tensor=2)),
+    "dp x fsdp_tp": ("fsdp_tp", MeshConfig(data=2, fsdp=2, tensor=2)),
+    "tensor 4": ("fsdp_tp", MeshConfig(tensor=4)),
+}
+
+
+def run(config, mesh=None):
+    """Gradients of the first step, the losses of five SGD steps, the last parameters and stream."""
+    model = Decoder(config)
+    rng = np.random.default_rng(0)
+    batches = rng.integers(0, config.vocab_size, (STEPS, 8, 33))
+    reset = rng.random((STEPS, 8, 4)) < 0.3
+    optimizer = optax.sgd(0.1)
+
+    def create():
+        params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+        stream = model.init_state(8) if config.memory else None
+        return params, stream, RSPState.zeros(config) if config.fam_length else None
+
+    def loss(params, stream, rsp, tokens, reset, key):
+        kwargs = {"state": stream, "reset": reset, "rsp": rsp, "key": key, "aligned": True} if stream else {}
+        out = model.apply({"params": params}, tokens[:, :-1], **kwargs)
+        nll = optax.softmax_cross_entropy_with_integer_labels(out.logits, tokens[:, 1:])
+        return nll.mean(), (out.state if stream else None, out.rsp)
+
+    def step(params, stream, rsp, tokens, reset, key):
+        (value, (stream, rsp)), grads = jax.value_and_grad(loss, has_aux=True)(params, stream, rsp, tokens, reset, key)
+        updates, _ = optimizer.update(grads, optimizer.init(params))
+        return optax.apply_updates(params, updates), stream, rsp, value, grads
+
+    shardings = None
+    if mesh is not None:
+        shapes = jax.eval_shape(create)
+        shardings = tree_shardings(config.sharding, mesh, shapes, shapes[0])
+        step = jax.jit(step, out_shardings=(*shardings, None, shardings[0]))
+    else:
+        step = jax.jit(step)
+    state = jax.jit(create, out_shardings=shardings)()
+    losses, first = [], None
+    for number in range(STEPS):
+        *state, value, grads = step(*state, batches[number], reset[number], jax.random.key(number))
+        losses.append(float(value))
+        first = grads if first is None else first
+    return state, losses, first
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Results on one device, worked out once."""
+    found = {}
+
+    def get(name):
+        if name not in found:
+            found[name] = run(MODELS[name])
+        return found[name]
+
+    return get
+
+
+def assert_close(got, wanted):
+    """Within 1e-5 of the largest element, array by array."""
+    got, wanted = jax.device_get(got), jax.device_get(wanted)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        difference = np.max(np.abs(a - b), initial=0) / (np.max(np.abs(b), initial=0) or 1)
+        assert difference <= 1e-5, f"{jax.tree_util.keystr(path)}: {difference:.2g}"
+
+
+FAST = {("FAM with LIMe", "dp"), ("FAM with LIMe", "fsdp"), ("FAM with LIMe", "fsdp_tp"), ("BSWA", "fsdp_tp")}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        pytest.param(name, layout, marks=[] if (name, layout) in FAST else pytest.mark.slow)
+        for name in MODELS
+        for layout in MESHES
+    ],
+)
+def test_sharded_is_single(name, layout, alone):
+    assert jax.device_count() == 8
+    rules, shape = MESHES[layout]
+    mesh = make_mesh(shape)
+    with jax.set_mesh(mesh):
+        state, losses, grads = run(dataclasses.replace(MODELS[name], sharding=PRESETS[rules]), mesh)
+    wanted_state, wanted_losses, wanted_grads = alone(name)
+    assert_close(grads, wanted_grads)
+    np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5)
+    assert_close(state, wanted_state)
