@@ -13,11 +13,12 @@ from jax import Array
 from fam_jax import state as state_lib
 from fam_jax.call import check_call
 from fam_jax.config import DecoderConfig
+from fam_jax.embedding import embed_blocks, read_out
 from fam_jax.fam import FamInputs, climb
 from fam_jax.layer import layer
-from fam_jax.ops import accumulation_dtype, rms_norm
-from fam_jax.plan import Layout, Plan, make_plan
-from fam_jax.sharding import constrain, gather
+from fam_jax.ops import accumulation_dtype
+from fam_jax.plan import Plan, make_plan
+from fam_jax.sharding import constrain
 from fam_jax.state import LayerMemory, RSPState, StreamState
 from fam_jax.sublayers import LayerParams, cast
 from lime_jax import Mixer, make_mixer, run_layers
@@ -221,26 +222,6 @@ def stack_layers(
     return Layers(weights, FamInputs(prompts, stored, noise_keys))
 
 
-def embed_blocks(config: DecoderConfig, params: dict[str, Any], tokens: Array, layout: Layout) -> Array:
-    """Embedded tokens [b, t] at their places in the blocks of a call: [b, n, w, d]."""
-    source = layout.source.reshape(tokens.shape[0], -1)
-    ids = jnp.take_along_axis(tokens, source, axis=1) if tokens.shape[1] else jnp.zeros_like(source)
-    table = gather(config.sharding, {"embed": params["embed"].astype(config.dtype)})["embed"]
-    x = jnp.take(table, ids, axis=0).reshape(*layout.source.shape, config.d_model)
-    return constrain(config.sharding, x, "batch", "block", None, None)
-
-
-def read_out(config: DecoderConfig, params: dict[str, Any], x: Array) -> Array:
-    """Logits [b, t, v] of the last layer's output [b, t, d]."""
-    dtype = jnp.dtype(config.dtype)
-    x = rms_norm(x, params["final_norm"], config.norm_eps)
-    name = "embed" if config.tie_embeddings else "unembed"
-    unembed = gather(config.sharding, {name: params[name].astype(dtype)})[name]
-    unembed = unembed.T if config.tie_embeddings else unembed
-    logits = jnp.einsum("btd,dv->btv", x, unembed, preferred_element_type=accumulation_dtype(dtype))
-    return constrain(config.sharding, logits, "batch", "block", "vocab")
-
-
 def _layer_schedule(
     config: DecoderConfig,
     mixer: Mixer,
@@ -325,10 +306,8 @@ def _run_layers(
     banks = {}
     if mixer.per_layer:
         banks = {name: mixer.bank(shape, config.dtype) for name, shape in rows.items()}
-        slot = (None,) * len(mixer.slot_shape)
-        for name, axes in (("tokens", ("batch", "block", None)), ("fam", ("batch", "block", None))):
-            if name in banks:
-                banks[name] = constrain(config.sharding, banks[name], *axes, *slot)
+        axes = ("batch", "block", None, *[None] * len(mixer.slot_shape))
+        banks |= {name: constrain(config.sharding, banks[name], *axes) for name in banks if name != "prompt"}
         if mixer.first:  # the embeddings have a slot of their own
             banks = {name: bank.at[0].set(start[name]) for name, bank in banks.items()}
     return run_layers(

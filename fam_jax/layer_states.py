@@ -13,7 +13,8 @@ from jax.typing import ArrayLike
 
 from fam_jax.call import check_call
 from fam_jax.config import DecoderConfig
-from fam_jax.decoder import embed_blocks, read_out, stack_layers, through_layers
+from fam_jax.decoder import stack_layers, through_layers
+from fam_jax.embedding import embed_blocks, read_out
 from fam_jax.layer import layer
 from fam_jax.plan import make_plan
 from fam_jax.sublayers import LayerParams, project

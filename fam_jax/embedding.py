@@ -1,0 +1,31 @@
+"""From token ids to the first layer's input, and from the last layer's output to logits."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from fam_jax.config import DecoderConfig
+from fam_jax.ops import accumulation_dtype, rms_norm
+from fam_jax.plan import Layout
+from fam_jax.sharding import constrain, gather
+
+
+def embed_blocks(config: DecoderConfig, params: dict[str, Any], tokens: Array, layout: Layout) -> Array:
+    """Embedded tokens [b, t] at their places in the blocks of a call: [b, n, w, d]."""
+    source = layout.source.reshape(tokens.shape[0], -1)
+    ids = jnp.take_along_axis(tokens, source, axis=1) if tokens.shape[1] else jnp.zeros_like(source)
+    table = gather(config.sharding, {"embed": params["embed"].astype(config.dtype)})["embed"]
+    x = jnp.take(table, ids, axis=0).reshape(*layout.source.shape, config.d_model)
+    return constrain(config.sharding, x, "batch", "block", None, None)
+
+
+def read_out(config: DecoderConfig, params: dict[str, Any], x: Array) -> Array:
+    """Logits [b, t, v] of the last layer's output [b, t, d]."""
+    dtype = jnp.dtype(config.dtype)
+    x = rms_norm(x, params["final_norm"], config.norm_eps)
+    name = "embed" if config.tie_embeddings else "unembed"
+    unembed = gather(config.sharding, {name: params[name].astype(dtype)})[name]
+    unembed = unembed.T if config.tie_embeddings else unembed
+    logits = jnp.einsum("btd,dv->btv", x, unembed, preferred_element_type=accumulation_dtype(dtype))
+    return constrain(config.sharding, logits, "batch", "block", "vocab")
