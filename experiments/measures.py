@@ -22,6 +22,7 @@ from experiments.data.passkey import Passkey
 from experiments.data.questions import QuestionTask
 from fam_jax import Decoder, StreamState, generate
 from fam_jax.call import check_ids
+from fam_jax.loss import TokenLosses
 
 # Keeps the samples of evaluation apart from those of training, whatever the seeds.
 _EVALUATION = 0x6576616C
@@ -272,24 +273,24 @@ def _read(
     """Reads whole blocks from a block's beginning on: loss and hit of each target [b, t], and the state."""
     aligned = model.config.memory is not None
 
-    def apply(state: StreamState, tokens: Array) -> tuple[StreamState, Array]:
-        out: Any = model.apply(variables, tokens, state, aligned=aligned)
-        return out.state, out.logits
+    def apply(state: StreamState, tokens: Array, targets: Array) -> tuple[StreamState, TokenLosses]:
+        out: Any = model.apply(variables, tokens, state, aligned=aligned, targets=targets)
+        return out.state, out.losses
 
-    def forget(state: StreamState, block: Array) -> tuple[StreamState, Array]:
-        state, logits = apply(state, block)
-        return dataclasses.replace(state, fam=jnp.zeros_like(state.fam)), logits
+    def forget(state: StreamState, block: tuple[Array, Array]) -> tuple[StreamState, TokenLosses]:
+        state, losses = apply(state, *block)
+        return dataclasses.replace(state, fam=jnp.zeros_like(state.fam)), losses
 
     if zero_memory:
         rows = tokens.shape[0]
-        blocks = jnp.moveaxis(tokens.reshape(rows, -1, _block(model)), 1, 0)
-        state, logits = jax.lax.scan(forget, state, blocks)
-        logits = jnp.moveaxis(logits, 0, 1).reshape(*tokens.shape, -1)
+        in_blocks, their_targets = (
+            jnp.moveaxis(ids.reshape(rows, -1, _block(model)), 1, 0) for ids in (tokens, targets)
+        )
+        state, losses = jax.lax.scan(forget, state, (in_blocks, their_targets))
+        losses = jax.tree.map(lambda array: jnp.moveaxis(array, 0, 1).reshape(tokens.shape), losses)
     else:
-        state, logits = apply(state, tokens)
-    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    nll = jax.nn.logsumexp(logits, axis=-1) - target_logits
-    return nll, jnp.argmax(logits, axis=-1) == targets, state
+        state, losses = apply(state, tokens, targets)
+    return losses.nll, losses.hit, state
 
 
 def _block(model: Decoder) -> int:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from experiments.config import TrainConfig
 from fam_jax import Decoder, RSPState, StreamState, tree_shardings
+from fam_jax.loss import TokenLosses
 from fam_jax.sharding import fit
 
 
@@ -74,12 +75,11 @@ def shard_batch(config: TrainConfig, mesh: Mesh, batch: Mapping[str, Any]) -> di
     return {name: place(leaf) for name, leaf in batch.items()}
 
 
-def token_sums(logits: Array, targets: Array, weights: Array) -> dict[str, Array]:
+def token_sums(losses: TokenLosses, weights: Array) -> dict[str, Array]:
     """Sums over a batch, which add up over batches; `means` turns them into metrics.
 
     Args:
-        logits: float32 [b, t, v].
-        targets: int [b, t].
+        losses: Of the targets, arrays [b, t].
         weights: float32 [b, t]; 0 keeps a token out of every sum.
 
     Returns:
@@ -87,17 +87,14 @@ def token_sums(logits: Array, targets: Array, weights: Array) -> dict[str, Array
         the argmax hits; and of the `rows` with any weight, the number in which the argmax hits all weighted
         targets, `exact`.
     """
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    nll = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    hit = jnp.argmax(logits, axis=-1) == targets
     used = jnp.any(weights > 0, axis=-1)
     return {
         "weight": jnp.sum(weights),
-        "nll": jnp.sum(weights * nll),
-        "z2": jnp.sum(weights * log_z**2),
-        "right": jnp.sum(weights * hit),
+        "nll": jnp.sum(weights * losses.nll),
+        "z2": jnp.sum(weights * losses.log_z**2),
+        "right": jnp.sum(weights * losses.hit),
         "rows": jnp.sum(used, dtype=jnp.float32),
-        "exact": jnp.sum(used & jnp.all(hit | (weights <= 0), axis=-1), dtype=jnp.float32),
+        "exact": jnp.sum(used & jnp.all(losses.hit | (weights <= 0), axis=-1), dtype=jnp.float32),
     }
 
 
@@ -120,7 +117,7 @@ def _apply(model: Decoder, params: Any, batch: Mapping[str, Array], stream: Stre
     if stream is not None:
         # Rows are fed whole blocks only, so no block is ever open.
         kwargs |= {"state": stream, "reset": batch["reset"], "padded": batch["padded"], "aligned": True}
-    return model.apply({"params": params}, batch["tokens"], **kwargs)
+    return model.apply({"params": params}, batch["tokens"], targets=batch["targets"], **kwargs)
 
 
 def make_train_step(
@@ -149,7 +146,7 @@ def make_train_step(
     def loss_fn(params: Any, state: TrainState, batch: Mapping[str, Array]) -> tuple[Array, Any]:
         key = jax.random.fold_in(state.key, state.step)
         out = _apply(model, params, batch, state.stream, key=key, rsp=state.rsp)
-        metrics = means(token_sums(out.logits, batch["targets"], batch["weights"]))
+        metrics = means(token_sums(out.losses, batch["weights"]))
         z2 = metrics.pop("z2")
         if config.z_loss:
             metrics["z_loss"] = config.z_loss * z2
@@ -188,7 +185,7 @@ def make_eval_step(
         params: Any, batch: Mapping[str, Array], stream: StreamState | None
     ) -> tuple[dict[str, Array], StreamState | None]:
         out = _apply(model, params, batch, stream)
-        sums = token_sums(out.logits, batch["targets"], batch["weights"])
+        sums = token_sums(out.losses, batch["weights"])
         return sums, None if stream is None else out.state
 
     return jax.jit(eval_step)

@@ -88,6 +88,18 @@ def check_call(
     return Call(tokens, state, lengths, reset, padded, aligned or starts)
 
 
+def check_targets(config: DecoderConfig, call: Call, targets: Any) -> Array:
+    """The targets of a call's tokens as JAX array. Raises ValueError if they are not ids, one for each token."""
+    targets = as_array("targets", targets)
+    if targets.shape != call.tokens.shape or not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise ValueError(
+            f"targets is {describe(targets)}, but tokens are int32{list(call.tokens.shape)}: each needs the id after it"
+        )
+    if _known(targets):
+        check_ids(targets, config.vocab_size, "targets")
+    return jnp.asarray(targets, jnp.int32)
+
+
 def as_array(name: str, value: Any) -> Any:
     """An argument as it is if it is JAX's, or else as NumPy array. Raises ValueError if its rows differ in length."""
     if isinstance(value, jax.Array):

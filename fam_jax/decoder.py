@@ -11,11 +11,12 @@ from flax import struct
 from jax import Array
 
 from fam_jax import state as state_lib
-from fam_jax.call import check_call
+from fam_jax.call import check_call, check_targets
 from fam_jax.config import DecoderConfig
-from fam_jax.embedding import embed_blocks, read_out
+from fam_jax.embedding import embed_blocks, read_losses, read_out
 from fam_jax.fam import FamInputs, climb
 from fam_jax.layer import layer
+from fam_jax.loss import TokenLosses
 from fam_jax.ops import accumulation_dtype
 from fam_jax.plan import Plan, make_plan
 from fam_jax.sharding import constrain
@@ -31,14 +32,17 @@ class DecoderOutput:
     """What a call returns.
 
     Attributes:
-        logits: Float32 (float64 if the model computes in it) [b, t, v]. Those of padding mean nothing.
+        logits: Float32 (float64 if the model computes in it) [b, t, v]. Those of padding mean nothing. None if the
+            call was given targets.
         state: To pass to the next call, which then continues exactly here.
         rsp: The FAM to store for the next training step; None if the call was given none.
+        losses: Of each target, arrays [b, t]; None if the call was given none.
     """
 
-    logits: Array
+    logits: Array | None
     state: StreamState
     rsp: RSPState | None
+    losses: TokenLosses | None = None
 
 
 class Layers(NamedTuple):
@@ -69,6 +73,7 @@ class Decoder(nn.Module):
         key: Array | None = None,
         rsp: RSPState | None = None,
         aligned: bool = False,
+        targets: Array | None = None,
     ) -> DecoderOutput:
         """Reads tokens and predicts the one after each.
 
@@ -87,10 +92,12 @@ class Decoder(nn.Module):
             rsp: The stored state of Random State Passing.
             aligned: The caller promises that no row has tokens in its open block, which saves the work of the
                 block that ragged offsets may need more. True anyway without a state.
+            targets: The token after each, int32 [b, t]: its loss is returned instead of the logits, which are
+                then never there all at once (see `fam_jax.loss`).
 
         Returns:
-            Logits, the new state, and the FAM to store. During `init`, which only declares parameters, zeros of the
-            same shapes.
+            Logits or losses, the new state, and the FAM to store. During `init`, which only declares parameters,
+            logits of zeros.
 
         Raises:
             ValueError: An argument has a wrong type or shape, or a full-attention cache is too small. Inside
@@ -101,6 +108,8 @@ class Decoder(nn.Module):
         params = self._params()
         call = check_call(config, tokens, state, lengths, reset, padded, aligned)
         batch, time = call.tokens.shape
+        if targets is not None:
+            targets = check_targets(config, call, targets)
         if self.is_initializing():  # the parameters are declared; reading the tokens would only cost time
             logits = jnp.zeros((batch, time, config.vocab_size), accumulation_dtype(jnp.dtype(config.dtype)))
             return DecoderOutput(logits=logits, state=call.state, rsp=rsp)
@@ -118,9 +127,10 @@ class Decoder(nn.Module):
 
         x = x.reshape(batch, -1, config.d_model)
         x = x[:, :time] if layout.target is None else jnp.take_along_axis(x, layout.target[:, :time, None], axis=1)
-        logits = jnp.where(layout.overflow[:, None, None], jnp.nan, read_out(config, params, x))
+        x = jnp.where(layout.overflow[:, None, None], jnp.nan, x)
         return DecoderOutput(
-            logits=logits,
+            logits=read_out(config, params, x) if targets is None else None,
+            losses=None if targets is None else read_losses(config, params, x, targets),
             state=dataclasses.replace(call.state, **memory._asdict(), **layout.counters),
             rsp=None if rsp is None else _store(rsp, kept, plan),
         )

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from fam_jax.config import DecoderConfig
+from fam_jax.loss import VOCAB_BLOCK, TokenLosses, token_losses
 from fam_jax.ops import accumulation_dtype, rms_norm
 from fam_jax.plan import Layout
 from fam_jax.sharding import constrain, gather
@@ -24,8 +25,17 @@ def read_out(config: DecoderConfig, params: dict[str, Any], x: Array) -> Array:
     """Logits [b, t, v] of the last layer's output [b, t, d]."""
     dtype = jnp.dtype(config.dtype)
     x = rms_norm(x, params["final_norm"], config.norm_eps)
-    name = "embed" if config.tie_embeddings else "unembed"
-    unembed = gather(config.sharding, {name: params[name].astype(dtype)})[name]
-    unembed = unembed.T if config.tie_embeddings else unembed
-    logits = jnp.einsum("btd,dv->btv", x, unembed, preferred_element_type=accumulation_dtype(dtype))
+    table = gather(config.sharding, {"embed": _output_weights(config, params).astype(dtype)})["embed"]
+    logits = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=accumulation_dtype(dtype))
     return constrain(config.sharding, logits, "batch", "block", "vocab")
+
+
+def read_losses(config: DecoderConfig, params: dict[str, Any], x: Array, targets: Array) -> TokenLosses:
+    """Losses of targets [b, t] by the last layer's output [b, t, d], without all their logits."""
+    x = rms_norm(x, params["final_norm"], config.norm_eps)
+    return token_losses(x, _output_weights(config, params), targets, VOCAB_BLOCK, config.sharding)
+
+
+def _output_weights(config: DecoderConfig, params: dict[str, Any]) -> Array:
+    """What logits are products with: [v, d]."""
+    return params["embed"] if config.tie_embeddings else params["unembed"].T

@@ -14,6 +14,14 @@ from train_helpers import assert_same_bits, tiny
 from experiments.optim import make_optimizer
 from experiments.step import TrainState, create_state, make_eval_step, make_train_step, means, token_sums
 from fam_jax import Decoder, RSPState
+from fam_jax.loss import TokenLosses
+
+
+def losses_of(logits, targets):
+    """Losses by the definition."""
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    wanted = jnp.take_along_axis(jnp.asarray(logits), jnp.asarray(targets)[..., None], axis=-1)[..., 0]
+    return TokenLosses(log_z - wanted, log_z, jnp.argmax(logits, axis=-1) == targets)
 
 
 def test_weighted_loss_by_hand():
@@ -29,26 +37,26 @@ def test_weighted_loss_by_hand():
             nll += weights[row, token] * (log_z - exact[targets[row, token]])
             z2 += weights[row, token] * log_z**2
             total += weights[row, token]
-    sums = token_sums(*map(jnp.asarray, (logits, targets, weights)))
+    sums = token_sums(losses_of(logits, targets), jnp.asarray(weights))
     found = means(sums)
     np.testing.assert_allclose(found["loss"], nll / total, rtol=1e-6)
     np.testing.assert_allclose(found["z2"], z2 / total, rtol=1e-6)
     # A token of weight zero is in no sum, whatever its logits.
     logits[0, 2] = logits[1, 0] = 1e4
-    assert_same_bits(sums, token_sums(*map(jnp.asarray, (logits, targets, weights))))
+    assert_same_bits(sums, token_sums(losses_of(logits, targets), jnp.asarray(weights)))
 
 
 def test_accuracy_and_exact_match():
     targets = jnp.array([[0, 1], [2, 0], [1, 1], [0, 0]])
     guess = jnp.array([[0, 1], [2, 2], [0, 1], [1, 1]])
     weights = jnp.array([[1.0, 1.0], [1.0, 1.0], [0.0, 0.1], [0.0, 0.0]])
-    found = means(token_sums(jax.nn.one_hot(guess, 3), targets, weights))
+    found = means(token_sums(losses_of(jax.nn.one_hot(guess, 3), targets), weights))
     assert float(found["exact_match"]) == pytest.approx(2 / 3)  # rows 0 and 2; row 3 has nothing to match
     assert float(found["accuracy"]) == pytest.approx(3.1 / 4.1)
 
 
 def test_nothing_to_learn_from():
-    sums = token_sums(jnp.ones((1, 2, 3)), jnp.zeros((1, 2), int), jnp.zeros((1, 2)))
+    sums = token_sums(losses_of(jnp.ones((1, 2, 3)), jnp.zeros((1, 2), int)), jnp.zeros((1, 2)))
     assert all(float(value) == 0 for value in means(sums).values())
 
 
@@ -57,14 +65,14 @@ def test_sums_of_batches_add_up():
     logits, targets = rng.normal(size=(4, 6, 5)).astype(np.float32), rng.integers(0, 5, (4, 6))
     weights = rng.uniform(size=(4, 6)).astype(np.float32)
     whole, *parts = (
-        token_sums(*(x[rows] for x in (logits, targets, weights))) for rows in (slice(4), slice(1), slice(1, 4))
+        token_sums(losses_of(logits[rows], targets[rows]), weights[rows]) for rows in (slice(4), slice(1), slice(1, 4))
     )
     for name, value in means({name: float(sum(part[name] for part in parts)) for name in whole}).items():
         np.testing.assert_allclose(value, means(whole)[name], rtol=1e-5)
 
 
 class Out(NamedTuple):
-    logits: jax.Array
+    losses: TokenLosses
     state: jax.Array | None
     rsp: jax.Array | None
 
@@ -75,13 +83,17 @@ class Recorder:
     def __init__(self):
         self.calls = []
 
-    def apply(self, variables, tokens, state=None, rsp=None, **kwargs):
+    def apply(self, variables, tokens, state=None, rsp=None, targets=None, **kwargs):
         self.calls.append(kwargs | {"state": state, "rsp": rsp})
         logits = variables["params"]["embed"][tokens]
         if "key" in kwargs:  # so that a test can see which key it was
             logits += jax.random.normal(kwargs["key"], ())
         count = jnp.sum(tokens)
-        return Out(logits, None if state is None else state + count, None if rsp is None else rsp + 2 * count)
+        return Out(
+            losses_of(logits, targets),
+            None if state is None else state + count,
+            None if rsp is None else rsp + 2 * count,
+        )
 
 
 def run_steps(tmp_path, mode, count, tx=None, z_loss=0.0, rsp=True):
