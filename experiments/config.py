@@ -16,7 +16,7 @@ from fam_jax import DecoderConfig, MeshConfig
 
 # What may differ when a run is continued; the trainer prints what does. Everything else makes it another run.
 MAY_CHANGE = re.compile(
-    r"name|steps|eval_every|eval_steps|checkpoint_every|keep|log_every|work_dir|z_loss|optim\.(?!optimizer).*"
+    r"name|steps|eval_every|eval_steps|checkpoint_every|keep|log_every|work_dir|accumulate|z_loss|optim\.(?!optimizer).*"
     r"|model\.(schedule|remat|scan_layers|sharding\..*)|mesh\..*|data\.(data_dir|tfds_dir)"
 )
 
@@ -32,6 +32,8 @@ class TrainConfig:
         optim: Optimiser and schedule.
         steps: Updates in all.
         seed: Seed of the initial parameters and of all randomness of training. The data has its own.
+        accumulate: Parts that a batch is divided into, whose gradients are added up one after another: less memory for
+            the same step.
         z_loss: Weight of the squared log-partition in the loss, which keeps logits from drifting; 0 is off.
         log_every: Steps from one line of metrics to the next.
         eval_every: Steps from one evaluation on the validation split to the next; 0 is never, else once more
@@ -49,6 +51,7 @@ class TrainConfig:
     steps: int
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     seed: int = 0
+    accumulate: int = 1
     z_loss: float = 0.0
     log_every: int = 10
     eval_every: int = 200
@@ -60,13 +63,27 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        minimum = {"steps": 1, "log_every": 1, "eval_steps": 1, "keep": 1}
-        for field in ("steps", "seed", "log_every", "eval_every", "eval_steps", "checkpoint_every", "keep"):
+        minimum = {"steps": 1, "accumulate": 1, "log_every": 1, "eval_steps": 1, "keep": 1}
+        for field in (
+            "steps",
+            "seed",
+            "accumulate",
+            "log_every",
+            "eval_every",
+            "eval_steps",
+            "checkpoint_every",
+            "keep",
+        ):
             value, least = getattr(self, field), minimum.get(field, 0)
             if value < least:
                 raise ValueError(f"TrainConfig.{field}={value!r} is not allowed; it must be at least {least}")
         if self.seed >= 2**63:
             raise ValueError(f"TrainConfig.seed={self.seed} is not allowed; it must be below 2**63")
+        if self.data.batch_size % self.accumulate:
+            raise ValueError(
+                f"TrainConfig.accumulate={self.accumulate} is not allowed; it must divide "
+                f"data.batch_size={self.data.batch_size}"
+            )
         if self.z_loss < 0:
             raise ValueError(f"TrainConfig.z_loss={self.z_loss!r} is not allowed; it must be at least 0")
         if not self.name or self.name in (".", "..") or "/" in self.name:

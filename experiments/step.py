@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -120,6 +121,34 @@ def _apply(model: Decoder, params: Any, batch: Mapping[str, Array], stream: Stre
     return model.apply({"params": params}, batch["tokens"], targets=batch["targets"], **kwargs)
 
 
+def _batch_axes(tree: Any) -> Any:
+    """For each leaf the number of its batch axis."""
+    if hasattr(tree, "logical_axes"):
+        axes = {name: axes.index("batch") for name, axes in tree.logical_axes.items()}
+        return dataclasses.replace(tree, **axes)
+    return jax.tree.map(lambda _: 0, tree)
+
+
+def _split(tree: Any, count: int) -> Any:
+    """Parts of the rows, stacked: row r is in part r % count, so that every device has rows of every part."""
+
+    def split(leaf: Array, axis: int) -> Array:
+        shape = (*leaf.shape[:axis], leaf.shape[axis] // count, count, *leaf.shape[axis + 1 :])
+        return jnp.moveaxis(leaf.reshape(shape), axis + 1, 0)
+
+    return jax.tree.map(split, tree, _batch_axes(tree))
+
+
+def _join(tree: Any) -> Any:
+    """What `_split` has split."""
+
+    def join(leaf: Array, axis: int) -> Array:
+        parts = jnp.moveaxis(leaf, 0, axis + 1)
+        return parts.reshape(*parts.shape[:axis], -1, *parts.shape[axis + 2 :])
+
+    return jax.tree.map(join, tree, _batch_axes(tree))
+
+
 def make_train_step(
     config: TrainConfig,
     model: Decoder,
@@ -143,17 +172,48 @@ def make_train_step(
         `param_norm` after the update, and `learning_rate`.
     """
 
-    def loss_fn(params: Any, state: TrainState, batch: Mapping[str, Array]) -> tuple[Array, Any]:
-        key = jax.random.fold_in(state.key, state.step)
+    def loss_fn(params: Any, state: TrainState, batch: Mapping[str, Array], weight: Array, key: Array) -> Any:
         out = _apply(model, params, batch, state.stream, key=key, rsp=state.rsp)
-        metrics = means(token_sums(out.losses, batch["weights"]))
+        sums = token_sums(out.losses, batch["weights"])
+        # Over the weight of the whole batch, so that parts of it add up.
+        return (sums["nll"] + config.z_loss * sums["z2"]) / weight, (
+            sums,
+            out.state if config.stream else None,
+            out.rsp,
+        )
+
+    def gradient(state: TrainState, batch: Mapping[str, Array], weight: Array, key: Array) -> Any:
+        grads, aux = jax.grad(loss_fn, has_aux=True)(state.params, state, batch, weight, key)
+        return grads if places is None else jax.lax.with_sharding_constraint(grads, places.params), aux
+
+    def in_parts(state: TrainState, batch: Mapping[str, Array], weight: Array, key: Array) -> Any:
+        """The same as `gradient`, of one part of the batch after another."""
+        count = config.accumulate
+
+        def step(total: Any, part: Any) -> Any:
+            number, rows, stream = part
+            found, (sums, stream, rsp) = gradient(
+                dataclasses.replace(state, stream=stream), rows, weight, jax.random.fold_in(key, number)
+            )
+            return jax.tree.map(jnp.add, total, (found, sums)), (stream, rsp)
+
+        rows, stream = _split(dict(batch), count), _split(state.stream, count)
+        part = jax.tree.map(lambda leaf: leaf[0], (rows, stream))
+        shapes = jax.eval_shape(lambda: gradient(dataclasses.replace(state, stream=part[1]), part[0], weight, key))
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[0], shapes[1][0]))
+        (grads, sums), (stream, rsp) = jax.lax.scan(step, nothing, (jnp.arange(count), rows, stream))
+        return grads, (sums, _join(stream), jax.tree.map(lambda leaf: leaf[0], rsp))  # row 0 is in the first part
+
+    def train_step(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+        weight = jnp.sum(batch["weights"])
+        run = gradient if config.accumulate == 1 else in_parts
+        grads, (sums, stream, rsp) = run(
+            state, batch, weight + (weight == 0), jax.random.fold_in(state.key, state.step)
+        )
+        metrics = means(sums)
         z2 = metrics.pop("z2")
         if config.z_loss:
             metrics["z_loss"] = config.z_loss * z2
-        return metrics["loss"] + metrics.get("z_loss", 0.0), (metrics, out)
-
-    def train_step(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, dict[str, Array]]:
-        grads, (metrics, out) = jax.grad(loss_fn, has_aux=True)(state.params, state, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics |= {f"grad_norm/{name}": optax.tree.norm(group) for name, group in grads.items()}
         metrics["grad_norm"] = optax.tree.norm(grads)
@@ -165,8 +225,8 @@ def make_train_step(
             params=params,
             opt_state=opt_state,
             key=state.key,
-            stream=out.state if config.stream else None,
-            rsp=out.rsp,
+            stream=stream,
+            rsp=rsp,
         )
         return new_state, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 

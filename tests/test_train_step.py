@@ -222,3 +222,41 @@ def test_noise_is_in_training_alone(tmp_path):
     (train, evaluation), (noisy_train, noisy_evaluation) = losses(0.0), losses(0.5)
     assert noisy_train != train
     assert noisy_evaluation == evaluation
+
+
+@pytest.mark.parametrize(("mode", "rsp"), [("stream", 0.5), ("packed", 0.0)])
+def test_parts_of_a_batch_add_up_to_it(tmp_path, mode, rsp):
+    """Gradients, metrics and the memory that is handed on, when parts have unequal numbers of tokens."""
+    base = tiny(tmp_path, mode=mode)
+    memory = dataclasses.replace(base.model.memory, noise=0.0, rsp=rsp)
+    rng = np.random.default_rng(0)
+    steps = []
+    for parts in (1, 2, 4):
+        config = dataclasses.replace(
+            base,
+            accumulate=parts,
+            z_loss=0.1,
+            model=dataclasses.replace(base.model, memory=memory),
+            data=dataclasses.replace(base.data, batch_size=4),
+        )
+        model, optimizer = Decoder(config.model), optax.sgd(0.1)
+        state = create_state(config, model, optimizer)
+        step = make_train_step(config, model, optimizer, lambda step: 0.1)
+        rng = np.random.default_rng(0)
+        for _ in range(2):
+            ids = rng.integers(0, 256, (4, 33))
+            weights = (rng.random((4, 32)) < [[0.9], [0.1], [0.5], [0.0]]).astype(np.float32)
+            batch = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "weights": weights}
+            if mode == "stream":  # nothing is drawn where no document starts
+                blocks = 32 // memory.block_size
+                batch |= {"reset": np.zeros((4, blocks), bool), "padded": np.zeros((4, blocks), bool)}
+            state, metrics = step(state, batch)
+        steps.append((state, metrics))
+    (whole, metrics), *others = steps
+    for state, found in others:
+        for name, value in metrics.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
+        for field in ("params", "stream", "rsp"):
+            wanted, got = getattr(whole, field), getattr(state, field)
+            for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
