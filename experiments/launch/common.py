@@ -91,7 +91,7 @@ def check_bucket(training: Sequence[str], why: str) -> None:
         ValueError: It is not.
     """
     folder = None
-    for word, following in zip(training, [*training[1:], ""], strict=True):
+    for word, following in zip(training, [*training[1:], ""], strict=False):
         name, equals, value = word.partition("=")
         if name.replace("_", "-") == "--work-dir":
             folder = value if equals else following

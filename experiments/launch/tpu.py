@@ -120,7 +120,7 @@ class Tpu:
 
     def ssh_words(self, script: str) -> list[str]:
         """The gcloud command that runs shell code on all workers."""
-        return self.words("tpu-vm", "ssh", "--worker=all", f"--command=bash -c {shlex.quote(script)}")
+        return self.words("tpu-vm", "ssh", "--worker=all", f"--command={script}")
 
     def copy_words(self, file: str) -> list[str]:
         """The gcloud command that copies a file into the home folder of all workers."""

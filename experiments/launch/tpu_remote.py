@@ -1,4 +1,4 @@
-"""Shell code for the workers of a TPU VM: installing, starting, looking and stopping. All paths are in the home folder.
+"""Code for bash on the workers of a TPU VM: installing, starting, looking, stopping. All paths are in the home folder.
 
 The process that trains has its process id in `fam-jax-run/pid`, what it prints in `fam-jax-run/log` and, when it has
 ended, its exit code in `fam-jax-run/status`.
@@ -22,7 +22,7 @@ INSTALL = f"""\
 set -e
 {_REFUSE}
 rm -rf ~/fam-jax
-git clone --quiet ~/{BUNDLE} ~/fam-jax
+git -c advice.detachedHead=false clone --quiet ~/{BUNDLE} ~/fam-jax
 cd ~/fam-jax
 python3 -m pip install --quiet --user uv
 python3 -m uv venv --quiet --allow-existing --python {PYTHON_VERSION} ~/fam-jax-venv
