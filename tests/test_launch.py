@@ -1,5 +1,7 @@
 """What all launchers share: the command line, what is run and shown, and when training starts again."""
 
+import re
+import shlex
 import shutil
 
 import pytest
@@ -104,3 +106,18 @@ def test_a_command_that_fails_is_named(tmp_path, monkeypatch, capsys):
     assert main(["gke", "list", "--cluster", "c"]) == 1
     assert "`xpk workload list --cluster=c ...` ended with exit status 3" in capsys.readouterr().err
     assert shutil.which("xpk") == str(tmp_path / "bin" / "xpk")
+
+
+@pytest.mark.parametrize("page", ["cloud-tpu", "gke", "slurm", "ssh"])
+def test_commands_of_the_documentation(page, tmp_path, monkeypatch, capsys):
+    """Each is understood, and shows what it would run."""
+    monkeypatch.chdir(tmp_path)
+    text = (common.ROOT / "experiments" / "docs" / f"{page}.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"python -m experiments\.launch ([^`\n]+-[^`\n]+)", text)
+    assert len(commands) >= 3
+    for command in commands:
+        words = shlex.split(re.sub(r"\$\w+", "value", command.replace("gs://$BUCKET", "gs://bucket")))
+        end = words.index("--") if "--" in words else len(words)
+        assert main([*words[:end], "--dry-run", *words[end:]]) == 0, command
+        assert "$ " in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
