@@ -1,0 +1,1 @@
+"""Launchers: training on Cloud TPUs, GKE, SLURM and plain hosts; `python -m experiments.launch --help`."""
