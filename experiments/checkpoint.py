@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from experiments.config import MAY_CHANGE, TrainConfig
+from experiments.distributed import is_main, on_main
 from experiments.typed import differences, from_json, to_json
 from fam_jax import Decoder
 
@@ -75,9 +76,13 @@ class Checkpoints:
         """
         self.directory = directory
         self._keep = keep
-        directory.mkdir(parents=True, exist_ok=True)
-        for leftover in [*directory.glob("saving-*"), *directory.glob("deleting-*")]:
-            shutil.rmtree(leftover)
+
+        def clean() -> None:
+            directory.mkdir(parents=True, exist_ok=True)
+            for leftover in [*directory.glob("saving-*"), *directory.glob("deleting-*")]:
+                shutil.rmtree(leftover)
+
+        on_main(clean, (OSError,))
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, in order."""
@@ -97,17 +102,19 @@ class Checkpoints:
             CheckpointError: It could not be written. Earlier ones are as they were.
         """
         final, partial = self.directory / str(step), self.directory / f"saving-{step}"
-        if final.exists():
-            return
         items = {"params": _named(params), "rest": _named(rest)}
-        try:
+
+        def prepare() -> bool:
+            if final.exists():
+                return False
             needed = sum(leaf.nbytes for item in items.values() for leaf in item.values())
             free = shutil.disk_usage(self.directory).free
             if free < needed:
                 raise OSError(f"{free / 1e6:,.0f} MB are free and {needed / 1e6:,.0f} MB are needed")
             partial.mkdir()
-            for name, leaves in items.items():
-                ocp.save(partial.resolve() / name, leaves)
+            return True
+
+        def finish() -> None:
             content = {
                 "format": FORMAT,
                 "step": step,
@@ -119,8 +126,16 @@ class Checkpoints:
             _write_meta(partial / "meta.json", content)
             os.rename(partial, final)
             _sync(self.directory)
+
+        try:
+            if not on_main(prepare, (OSError,)):
+                return
+            for name, leaves in items.items():
+                ocp.save(partial.resolve() / name, leaves)  # every process its part
+            on_main(finish, (OSError,))
         except (OSError, ValueError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            if is_main():
+                shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, ValueError) and "os_error_code" not in str(error):
                 raise  # tensorstore reports what the system says, a full disk too, as a ValueError
             kept = ", ".join(map(str, self.steps())) or "none"
@@ -129,6 +144,9 @@ class Checkpoints:
                 f"checkpoints are as they were (steps: {kept}). Make room or repair the disk, then start the "
                 "same command again"
             ) from error
+        on_main(self._delete_old, (OSError,))
+
+    def _delete_old(self) -> None:
         for old in self.steps()[: -self._keep]:
             # Renamed first, so that one that is half deleted is not taken for a complete one.
             doomed = self.directory / f"deleting-{old}"
@@ -151,32 +169,41 @@ class Checkpoints:
                 first field or array that differs, with both values.
         """
         damaged: list[DamagedCheckpoint] = []
-        for step in reversed(self.steps()):
-            folder = self.directory / str(step)
-            try:
-                meta = _verify(folder)
-            except DamagedCheckpoint as error:
-                damaged.append(error)
-                continue
-            changed = _compare_configs(meta, config, folder)
-            restored = Restored(
-                step,
-                _load(folder, "params", params, meta),
-                _load(folder, "rest", rest, meta),
-                meta["data"],
-                changed,
-            )
-            for bad in damaged:  # out of the way, because this run will write that step again
-                aside = _free_name(bad.folder.with_name(f"damaged-{bad.folder.name}"))
-                os.rename(bad.folder, aside)
-                _warn(f"{bad}; it is now {aside}, delete it when you like. Continuing from step {step} instead")
-            return restored
-        if damaged:
-            raise CheckpointError(
-                f"{damaged[0]}, and no other in {self.directory} can be read. Bring one back from a copy, or "
-                "start anew with --fresh, which moves this run aside"
-            )
-        return None
+
+        def latest() -> tuple[int, dict[str, Any]] | None:
+            for step in reversed(self.steps()):
+                folder = self.directory / str(step)
+                try:
+                    meta = _verify(folder)
+                except DamagedCheckpoint as error:
+                    damaged.append(error)
+                    continue
+                _compare_configs(meta, config, folder)
+                return step, meta
+            if damaged:
+                raise CheckpointError(
+                    f"{damaged[0]}, and no other in {self.directory} can be read. Bring one back from a copy, or "
+                    "start anew with --fresh, which moves this run aside"
+                )
+            return None
+
+        found = on_main(latest, (CheckpointError, OSError))
+        if found is None:
+            return None
+        step, meta = found
+        folder = self.directory / str(step)
+        restored = Restored(
+            step,
+            _load(folder, "params", params, meta),
+            _load(folder, "rest", rest, meta),
+            meta["data"],
+            _compare_configs(meta, config, folder),
+        )
+        for bad in damaged:  # out of the way, because this run will write that step again
+            aside = _free_name(bad.folder.with_name(f"damaged-{bad.folder.name}"))
+            os.rename(bad.folder, aside)
+            _warn(f"{bad}; it is now {aside}, delete it when you like. Continuing from step {step} instead")
+        return restored
 
 
 def load_model(path: Path | str, step: int | None = None) -> tuple[Decoder, dict[str, Any], TrainConfig]:

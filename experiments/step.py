@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.config import TrainConfig
 from fam_jax import Decoder, RSPState, StreamState, tree_shardings
@@ -71,9 +72,17 @@ def shard_batch(config: TrainConfig, mesh: Mesh, batch: Mapping[str, Any]) -> di
 
     def place(leaf: Any) -> Array:
         spec = config.model.sharding.spec("batch", *[None] * (leaf.ndim - 1))
-        return jax.device_put(leaf, NamedSharding(mesh, fit(spec, leaf.shape, mesh)))
+        # Every process has all rows, and gives its devices theirs.
+        sharding = NamedSharding(mesh, fit(spec, leaf.shape, mesh))
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
     return {name: place(leaf) for name, leaf in batch.items()}
+
+
+def everywhere(mesh: Mesh, value: int) -> Array:
+    """A number of this process on each of its devices: int32 [devices], spread over all processes."""
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return jax.make_array_from_callback((mesh.size,), sharding, lambda _: np.full(1, value, np.int32))
 
 
 def token_sums(losses: TokenLosses, weights: Array) -> dict[str, Array]:
@@ -205,6 +214,8 @@ def make_train_step(
         return grads, (sums, _join(stream), jax.tree.map(lambda leaf: leaf[0], rsp))  # row 0 is in the first part
 
     def train_step(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+        batch = dict(batch)
+        stop = batch.pop("stop", None)
         weight = jnp.sum(batch["weights"])
         run = gradient if config.accumulate == 1 else in_parts
         grads, (sums, stream, rsp) = run(
@@ -220,6 +231,8 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         metrics["param_norm"] = optax.tree.norm(params)
         metrics["learning_rate"] = schedule(state.step)
+        if stop is not None:
+            metrics["stop"] = jnp.max(stop)
         new_state = TrainState(
             step=state.step + 1,
             params=params,

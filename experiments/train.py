@@ -1,334 +1,37 @@
-"""Training: `python -m experiments.train --config NAME`, and `train(config)` for scripts and notebooks.
+"""Training: `python -m experiments.train --config NAME`; for scripts and notebooks there is `train(config)`.
 
-A run keeps everything in one folder and goes on from its last checkpoint whenever it is started again, bit
-for bit as if it had never stopped.
+The same command on every process of a job trains on all of them. On Cloud TPU, SLURM, Open MPI and Kubernetes they
+find each other; elsewhere the options `--distributed.*` say where and who.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
-import functools
-import json
-import math
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+import traceback
 
 import jax
 import tyro
-from tqdm import tqdm
 
-from experiments import configs, results
-from experiments.checkpoint import CheckpointError, Checkpoints
-from experiments.command import make_folder, run_command
+from experiments import configs, distributed
+from experiments.checkpoint import CheckpointError
+from experiments.command import run_command
 from experiments.config import TrainConfig, check
-from experiments.data import Batches, TextData, load, manifest
-from experiments.data.passkey import PasskeyBatches
-from experiments.data.questions import QuestionBatches, QuestionData
-from experiments.metrics import MetricsLog, Throughput
-from experiments.optim import make_optimizer
-from experiments.process import BusyError, only_process, set_aside, stop_signals
-from experiments.step import (
-    TrainState,
-    create_state,
-    make_eval_step,
-    make_train_step,
-    means,
-    shard,
-    shard_batch,
-)
-from experiments.typed import to_json
-from fam_jax import Decoder, make_mesh
-from fam_jax.sharding import table
+from experiments.distributed import LOST_STATUS, DistributedError
+from experiments.loop import NonFiniteError, TrainResult, load_data, train
+from experiments.process import BusyError
 
-Callback = Callable[[int, dict[str, float], TrainState], bool | None]
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or its gradient is not a finite number. The message says at which step and what to do."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainResult:
-    """What `train` hands back.
-
-    Attributes:
-        config: The run's.
-        model: The decoder.
-        state: After the last step.
-        step: Steps made, earlier processes included.
-        metrics: Those of the last step that this process made; empty if it made none.
-        validation: Those of its last evaluation; empty if there was none.
-        stopped: None if the run is complete, else "SIGTERM", "SIGINT" or "callback".
-        directory: Where its files are.
-    """
-
-    config: TrainConfig
-    model: Decoder
-    state: TrainState
-    step: int
-    metrics: dict[str, float]
-    validation: dict[str, float]
-    stopped: str | None
-    directory: Path
-
-    @property
-    def variables(self) -> dict[str, Any]:
-        """What `model.apply` and `generate` take."""
-        return {"params": self.state.params}
-
-
-def train(
-    config: TrainConfig, *, fresh: bool = False, progress: bool = True, callback: Callback | None = None
-) -> TrainResult:
-    """Trains until `config.steps`, going on from the last checkpoint in `config.directory` if there is one.
-
-    Args:
-        config: The run.
-        fresh: Start anew; an earlier run in the same folder is moved aside, not deleted.
-        progress: Show a progress bar and say where things go.
-        callback: Called after every step with its number, its metrics and the state, which is valid until it
-            returns. Returning True ends the run there, with a checkpoint.
-
-    Raises:
-        ValueError: The parts of the config do not fit together, see `experiments.config.check`, or the folder
-            cannot be made.
-        DataError: The data cannot be used, or it is not that of the run to continue.
-        CheckpointError: The folder holds another run, or a checkpoint cannot be read or written.
-        NonFiniteError: The loss or the gradient is not finite. The last good checkpoint stays.
-        BusyError: Another process is training in the same folder.
-    """
-    check(config)
-    with contextlib.ExitStack() as stack:
-        return _Run(config, fresh, progress, callback, stack).loop()
-
-
-class _Run:
-    """One process's part of a run."""
-
-    def __init__(
-        self, config: TrainConfig, fresh: bool, progress: bool, callback: Callback | None, stack: contextlib.ExitStack
-    ):
-        self.config, self.progress, self.callback = config, progress, callback
-        self.mesh = make_mesh(config.mesh)
-        stack.enter_context(jax.set_mesh(self.mesh))
-        self.model = Decoder(config.model)
-        optimizer, schedule = make_optimizer(config.optim, config.steps)
-        create = functools.partial(create_state, config, self.model, optimizer)
-        shapes = shard(config, self.mesh, jax.eval_shape(create))
-        places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-        begin = jax.jit(create, out_shardings=places)
-        self.train_step = make_train_step(config, self.model, optimizer, schedule, places)
-        self.eval_step = make_eval_step(self.model)
-        # Whatever is wrong with the data shows here, before anything is compiled and before the folder is touched.
-        self.batches = load_data(config.data, "train")
-        self.validation = load_data(config.data, "validation") if config.eval_every else None
-        self.validation_start = self.validation.get_state() if self.validation is not None else {}
-        self.stop = stack.enter_context(stop_signals())  # an interrupt that is raised while XLA compiles can get lost
-        self._take_folder(fresh, stack)
-        self.checkpoints = Checkpoints(config.directory / "checkpoints", config.keep)
-        self.start, self.state = self._begin(begin, shapes)
-        self.log = stack.enter_context(contextlib.closing(MetricsLog(config.directory, self.start)))
-        self.bar = stack.enter_context(
-            tqdm(
-                total=config.steps,
-                initial=self.start,
-                desc=config.name,
-                unit="step",
-                disable=not progress,
-                dynamic_ncols=True,
-                mininterval=0.2 if sys.stderr.isatty() else 30.0,
-            )
-        )
-        self.throughput = Throughput()
-        self.metrics: dict[str, float] = {}
-        self.validation_metrics: dict[str, float] = {}
-
-    def _take_folder(self, fresh: bool, stack: contextlib.ExitStack) -> None:
-        """Makes the run's folder, after moving an earlier run aside if asked to, and holds it."""
-        directory = self.config.directory
-        if fresh and directory.is_dir():
-            self._say(f"the earlier run is now in {set_aside(directory)}")
-        make_folder(directory, "work_dir")
-        stack.enter_context(only_process(directory))
-
-    def _say(self, text: str) -> None:
-        if self.progress:
-            tqdm.write(text)  # keeps clear of the progress bar
-
-    def _begin(self, create: Callable[[], TrainState], shapes: TrainState) -> tuple[int, TrainState]:
-        """The step and state to go on from; also says what this run is and writes run.json."""
-        config, say = self.config, self._say
-        restored = self.checkpoints.restore(shapes.params, _rest(shapes), config)
-        if restored is not None:
-            self.batches.set_state(restored.data)  # refuses other data, before run.json would name it
-        size = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
-        device = jax.devices()[0]
-        count = "" if self.mesh.size == 1 else f"{self.mesh.size} x "
-        say(f"{config.name}: {size / 1e6:,.2f}M parameters on {count}{device.device_kind} ({device.platform})")
-        if self.mesh.size > 1:
-            say(table(config.model.sharding, self.mesh, shapes.params))
-            rows = math.prod(self.mesh.shape[axis] for axis in config.model.sharding.batch)
-            if config.data.batch_size % rows:
-                say(
-                    f"WARNING: data.batch_size={config.data.batch_size} is not a multiple of the {rows} devices that "
-                    "rows are spread over, so that some do the same work; change it, or mesh.data and mesh.fsdp"
-                )
-        say(f"files: {config.directory.resolve()} (checkpoints/, metrics.jsonl, tensorboard/, run.json)")
-        if restored is None:
-            say(f"a new run of {config.steps:,} steps")
-            _write_run(config)
-            return 0, create()
-        for field, before, now in restored.changed:
-            say(f"changed since the last start: {field} was {before!r} and is {now!r}")
-            if field == "steps" and config.optim.schedule != "constant" and config.optim.decay_steps is None:
-                say("  so the learning rate now decays over other steps; optim.decay_steps would fix them")
-        say(f"continuing after step {restored.step:,} of {config.steps:,}")
-        _write_run(config)
-        return restored.step, TrainState(params=restored.params, **restored.rest)
-
-    def loop(self) -> TrainResult:
-        """Makes the steps that are left."""
-        config, pending, stopped, step = self.config, None, None, self.start
-        # A curriculum's next batch depends on this step's metrics, so it cannot run ahead of them.
-        lockstep = self.callback is not None or hasattr(self.batches, "observe")
-        if step >= config.steps:
-            self._say(f"nothing is left to do: {step:,} of {config.steps:,} steps are made; give more --steps")
-        for step in range(self.start + 1, config.steps + 1):
-            batch = next(self.batches)
-            self.state, metrics = self.train_step(self.state, shard_batch(config, self.mesh, batch))
-            if pending:
-                self._settle(*pending)
-            pending = (step, metrics, batch["tokens"].size)
-            last, stopped = step == config.steps, self.stop.name
-            log = last or _due(step, config.log_every)
-            evaluate = _due(step, config.eval_every) or (last and config.eval_every)
-            save = last or _due(step, config.checkpoint_every)
-            if lockstep or log or evaluate or save or stopped:
-                self._settle(*pending)
-                pending = None
-            if log:
-                extra: dict[str, float] = {}
-                if hasattr(self.batches, "observe"):
-                    extra["length"] = batch["tokens"].shape[1]
-                if self.throughput.rate:
-                    extra["tokens_per_second"] = self.throughput.rate
-                self.log.write(step, "train", {**self.metrics, **extra})
-            if evaluate:
-                self._evaluate(step)
-            if lockstep and self._observe(step):
-                stopped = stopped or "callback"
-            if save or stopped:
-                self._save(step)
-            if stopped:
-                break
-        if step == config.steps:
-            stopped = None  # whatever else asked for it, the run is complete
-        if stopped:
-            self._say(f"stopped by {stopped} after step {step:,}; everything is in the checkpoint")
-        return TrainResult(
-            config=config,
-            model=self.model,
-            state=self.state,
-            step=step,
-            metrics=self.metrics,
-            validation=self.validation_metrics,
-            stopped=stopped,
-            directory=config.directory,
-        )
-
-    def _settle(self, step: int, metrics: dict[str, jax.Array], tokens: int) -> None:
-        """Fetches a step's metrics, waiting for the step to end, and shows them."""
-        self.metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self.throughput.step(tokens)
-        rate = self.throughput.rate
-        shown = f"loss {self.metrics['loss']:.4f}"
-        if hasattr(self.batches, "observe"):
-            shown += f", exact match {self.metrics['exact_match']:.2f}"
-        if rate:
-            shown += f", {rate:,.0f} tokens/s"
-        self.bar.set_postfix_str(shown, refresh=False)
-        self.bar.update(step - self.bar.n)
-        checked = ("loss", "z_loss", "grad_norm", "param_norm")
-        if bad := [name for name in checked if not math.isfinite(self.metrics.get(name, 0.0))]:
-            kept = self.checkpoints.steps()
-            found = ", ".join(f"{name} is {self.metrics[name]}" for name in bad)
-            where = f"from the last good checkpoint, step {kept[-1]} in {self.checkpoints.directory}, " if kept else ""
-            raise NonFiniteError(
-                f"step {step}: {found} at learning rate {self.metrics['learning_rate']:.3g}. Start again {where}with "
-                "a lower optim.learning_rate or a smaller optim.clip_norm"
-            )
-
-    def _observe(self, step: int) -> bool:
-        """Tells curriculum and callback of a step; whether the callback wants to stop."""
-        if hasattr(self.batches, "observe"):
-            self.batches.observe(self.metrics)
-        return bool(self.callback and self.callback(step, self.metrics, self.state))
-
-    def _evaluate(self, step: int) -> None:
-        """Measures the validation split, always on the same batches and from fresh rows."""
-        assert self.validation is not None
-        self.throughput.interrupt()
-        self.validation.set_state(self.validation_start)
-        stream = self.model.init_state(self.config.data.batch_size) if self.config.stream else None
-        total: dict[str, float] = {}
-        for _ in range(self.config.eval_steps):
-            batch = shard_batch(self.config, self.mesh, next(self.validation))
-            sums, stream = self.eval_step(self.state.params, batch, stream)
-            for name, value in jax.device_get(sums).items():
-                total[name] = total.get(name, 0.0) + float(value)  # in float64: many batches lose nothing
-        values = means(total)
-        self.validation_metrics = {name: values[name] for name in ("loss", "accuracy")}
-        self.log.write(step, "validation", self.validation_metrics)
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in self.validation_metrics.items())
-        self._say(f"step {step:,}: validation {shown}")
-
-    def _save(self, step: int) -> None:
-        self.throughput.interrupt()
-        position = self.batches.get_state()
-        self.checkpoints.save(step, self.state.params, _rest(self.state), self.config, position)
-
-
-def _rest(state: TrainState) -> dict[str, Any]:
-    """All fields of the state but the parameters."""
-    names = [field.name for field in dataclasses.fields(state) if field.name != "params"]
-    return {name: getattr(state, name) for name in names}
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def load_data(data: Any, split: str) -> Batches:
-    """Endless batches of a split of any data config; PassKey has no other split than "train"."""
-    if isinstance(data, QuestionData):
-        return QuestionBatches(data, split)
-    return load(data, split) if isinstance(data, TextData) else PasskeyBatches(data)
-
-
-def _write_run(config: TrainConfig) -> None:
-    """Keeps beside the checkpoints what is needed to repeat the run."""
-    content = {
-        "config": to_json(config),
-        "data": manifest(config.data) if isinstance(config.data, TextData) else None,
-        "command": results.command_line(),
-        "commit": results.commit(),
-        "hardware": results.hardware(),
-        "versions": results.versions(),
-    }
-    target = config.directory / "run.json"
-    target.with_suffix(".tmp").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(target.with_suffix(".tmp"), target)
+__all__ = ["NonFiniteError", "TrainResult", "load_data", "main", "parse_config", "train"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 done, 1 failed, 2 wrong settings, 128 + signal stopped."""
+    """The command line; returns the exit status.
+
+    0 done, 1 failed, 2 wrong settings, 128 + signal stopped by it after saving, 134 another process was lost.
+    """
     given = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
         prog="python -m experiments.train",
@@ -344,6 +47,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config", metavar="NAME", help="which run; a module of experiments/configs")
     fresh_help = "start anew; an earlier run is moved aside, not deleted"
     parser.add_argument("--fresh", action="store_true", help=fresh_help)
+    several = parser.add_argument_group("several processes")
+    for name, kind, metavar, default, text in (
+        ("coordinator", str, "ADDRESS", None, "HOST:PORT of process 0; not needed where JAX finds it"),
+        ("num-processes", int, "N", None, "how many there are"),
+        ("process-id", int, "I", None, "which one this is, from 0"),
+        ("timeout", int, "SECONDS", 300, "to wait for the others at the start (default: 300)"),
+    ):
+        option = f"--distributed.{name}"
+        several.add_argument(
+            option, dest=name.replace("-", "_"), type=kind, metavar=metavar, default=default, help=text
+        )
     known, overrides = parser.parse_known_args(given)
     if known.config is None:
         parser.print_help(sys.stdout if {"-h", "--help"} & set(overrides) else sys.stderr)
@@ -351,23 +65,45 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = parse_config(known.config, overrides)
         check(config)
-    except ValueError as error:
+        distributed.start(known.coordinator, known.num_processes, known.process_id, known.timeout)
+    except (ValueError, DistributedError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ValueError) else 1
     try:
-        result = train(config, fresh=known.fresh)
+        status = _train(config, known.fresh, given)
+    except Exception:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        status = 1
+    if status in (1, 2, LOST_STATUS) and jax.process_count() > 1:
+        # Leaving as usual would wait for processes that may never come.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _train(config: TrainConfig, fresh: bool, given: list[str]) -> int:
+    """Trains; returns the exit status."""
+    try:
+        result = train(config, fresh=fresh)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (CheckpointError, NonFiniteError, BusyError, OSError) as error:
+    except (CheckpointError, NonFiniteError, BusyError, DistributedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        distributed.warn_lost(error)
+        return LOST_STATUS
     again = shlex.join(["python", "-m", "experiments.train", *(word for word in given if word != "--fresh")])
-    if result.stopped:
-        print(f"to continue: {again}")
-        return 128 + getattr(signal, result.stopped)
-    print(f"done; next: python -m experiments.evaluate --checkpoint {result.directory}")
-    return 0
+    if distributed.is_main():
+        ended = f"done; next: python -m experiments.evaluate --checkpoint {result.directory}"
+        print(f"to continue: {again}" if result.stopped else ended)
+    return 128 + getattr(signal, result.stopped) if result.stopped else 0
 
 
 def parse_config(name: str, overrides: list[str]) -> TrainConfig:

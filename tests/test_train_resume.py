@@ -14,7 +14,7 @@ from train_helpers import (
     train_process,
 )
 
-import experiments.train
+import experiments.loop
 from experiments.train import train
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
@@ -90,7 +90,7 @@ class Killed(BaseException):
 
 
 def test_curriculum(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments.train, "load_data", lambda data, split: Curriculum())
+    monkeypatch.setattr(experiments.loop, "load_data", lambda data, split: Curriculum())
     straight, killed = (plain(tmp_path, name, steps=12, checkpoint_every=5) for name in ("straight", "killed"))
 
     def kill(step, metrics, state):

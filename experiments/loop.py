@@ -1,0 +1,359 @@
+"""The training loop: `train(config)`, on one process or, once `experiments.distributed.start` has joined them, many.
+
+A run keeps everything in one folder and goes on from its last checkpoint whenever it is started again, bit
+for bit as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from experiments import results
+from experiments.checkpoint import Checkpoints
+from experiments.command import make_folder
+from experiments.config import TrainConfig, check
+from experiments.data import Batches, TextData, load, manifest
+from experiments.data.passkey import PasskeyBatches
+from experiments.data.questions import QuestionBatches, QuestionData
+from experiments.distributed import check_same, is_main, on_main
+from experiments.metrics import MetricsLog, Throughput
+from experiments.optim import make_optimizer
+from experiments.process import BusyError, only_process, set_aside, stop_signals
+from experiments.step import (
+    TrainState,
+    create_state,
+    everywhere,
+    make_eval_step,
+    make_train_step,
+    means,
+    shard,
+    shard_batch,
+)
+from experiments.typed import to_json
+from fam_jax import Decoder, make_mesh
+from fam_jax.sharding import table
+
+Callback = Callable[[int, dict[str, float], TrainState], bool | None]
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or its gradient is not a finite number. The message says at which step and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What `train` hands back.
+
+    Attributes:
+        config: The run's.
+        model: The decoder.
+        state: After the last step.
+        step: Steps made, earlier processes included.
+        metrics: Those of the last step that this process made; empty if it made none.
+        validation: Those of its last evaluation; empty if there was none.
+        stopped: None if the run is complete, else "SIGTERM", "SIGINT" or "callback".
+        directory: Where its files are.
+    """
+
+    config: TrainConfig
+    model: Decoder
+    state: TrainState
+    step: int
+    metrics: dict[str, float]
+    validation: dict[str, float]
+    stopped: str | None
+    directory: Path
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What `model.apply` and `generate` take."""
+        return {"params": self.state.params}
+
+
+def train(
+    config: TrainConfig, *, fresh: bool = False, progress: bool = True, callback: Callback | None = None
+) -> TrainResult:
+    """Trains until `config.steps`, going on from the last checkpoint in `config.directory` if there is one.
+
+    Args:
+        config: The run.
+        fresh: Start anew; an earlier run in the same folder is moved aside, not deleted.
+        progress: Show a progress bar and say where things go.
+        callback: Called after every step with its number, its metrics and the state, which is valid until it
+            returns. Returning True ends the run there, with a checkpoint.
+
+    Raises:
+        ValueError: The parts of the config do not fit together, see `experiments.config.check`, or the folder
+            cannot be made.
+        DataError: The data cannot be used, or it is not that of the run to continue.
+        CheckpointError: The folder holds another run, or a checkpoint cannot be read or written.
+        NonFiniteError: The loss or the gradient is not finite. The last good checkpoint stays.
+        BusyError: Another process is training in the same folder.
+    """
+    check(config)
+    with contextlib.ExitStack() as stack:
+        return _Run(config, fresh, progress, callback, stack).loop()
+
+
+class _Run:
+    """One process's part of a run."""
+
+    def __init__(
+        self, config: TrainConfig, fresh: bool, progress: bool, callback: Callback | None, stack: contextlib.ExitStack
+    ):
+        self.config, self.progress, self.callback = config, progress, callback
+        self.mesh = make_mesh(config.mesh)
+        stack.enter_context(jax.set_mesh(self.mesh))
+        self.model = Decoder(config.model)
+        optimizer, schedule = make_optimizer(config.optim, config.steps)
+        create = functools.partial(create_state, config, self.model, optimizer)
+        shapes = shard(config, self.mesh, jax.eval_shape(create))
+        self.places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+        begin = jax.jit(create, out_shardings=self.places)
+        self.train_step = make_train_step(config, self.model, optimizer, schedule, self.places)
+        self.eval_step = make_eval_step(self.model)
+        # Whatever is wrong with the data shows here, before anything is compiled and before the folder is touched.
+        self.batches = load_data(config.data, "train")
+        self.validation = load_data(config.data, "validation") if config.eval_every else None
+        self.validation_start = self.validation.get_state() if self.validation is not None else {}
+        self.stop = stack.enter_context(stop_signals())  # an interrupt that is raised while XLA compiles can get lost
+        self._take_folder(fresh, stack)
+        self.checkpoints = Checkpoints(config.directory / "checkpoints", config.keep)
+        self.start, self.state = self._begin(begin, shapes)
+        self.log = None
+        if is_main():
+            self.log = stack.enter_context(contextlib.closing(MetricsLog(config.directory, self.start)))
+        self.bar = stack.enter_context(
+            tqdm(
+                total=config.steps,
+                initial=self.start,
+                desc=config.name,
+                unit="step",
+                disable=not (progress and is_main()),
+                dynamic_ncols=True,
+                mininterval=0.2 if sys.stderr.isatty() else 30.0,
+            )
+        )
+        self.throughput = Throughput()
+        self.metrics: dict[str, float] = {}
+        self.said = 0  # the signal that some process has said to all
+        self.validation_metrics: dict[str, float] = {}
+
+    def _take_folder(self, fresh: bool, stack: contextlib.ExitStack) -> None:
+        """Makes the run's folder, after moving an earlier run aside if asked to, and holds it."""
+        directory = self.config.directory
+
+        def take() -> None:
+            if fresh and directory.is_dir():
+                self._say(f"the earlier run is now in {set_aside(directory)}")
+            make_folder(directory, "work_dir")
+            stack.enter_context(only_process(directory))
+
+        on_main(take, (ValueError, BusyError, OSError))
+
+    def _say(self, text: str) -> None:
+        if self.progress and is_main():
+            tqdm.write(text)  # keeps clear of the progress bar
+
+    def _begin(self, create: Callable[[], TrainState], shapes: TrainState) -> tuple[int, TrainState]:
+        """The step and state to go on from; also says what this run is and writes run.json."""
+        config, say = self.config, self._say
+        restored = self.checkpoints.restore(shapes.params, _rest(shapes), config)
+        if restored is not None:
+            self.batches.set_state(restored.data)  # refuses other data, before run.json would name it
+        size = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
+        check_same("data", self.batches.get_state())
+        device = jax.devices()[0]
+        count = "" if self.mesh.size == 1 else f"{self.mesh.size} x "
+        say(f"{config.name}: {size / 1e6:,.2f}M parameters on {count}{device.device_kind} ({device.platform})")
+        if jax.process_count() > 1:
+            say(f"{jax.process_count()} processes with {jax.local_device_count()} devices each")
+        if self.mesh.size > 1:
+            say(table(config.model.sharding, self.mesh, shapes.params))
+            rows = math.prod(self.mesh.shape[axis] for axis in config.model.sharding.batch)
+            if config.data.batch_size % rows:
+                say(
+                    f"WARNING: data.batch_size={config.data.batch_size} is not a multiple of the {rows} devices that "
+                    "rows are spread over, so that some do the same work; change it, or mesh.data and mesh.fsdp"
+                )
+        say(f"files: {config.directory.resolve()} (checkpoints/, metrics.jsonl, tensorboard/, run.json)")
+        if restored is None:
+            say(f"a new run of {config.steps:,} steps")
+            _write_run(config)
+            return 0, create()
+        for field, before, now in restored.changed:
+            say(f"changed since the last start: {field} was {before!r} and is {now!r}")
+            if field == "steps" and config.optim.schedule != "constant" and config.optim.decay_steps is None:
+                say("  so the learning rate now decays over other steps; optim.decay_steps would fix them")
+        say(f"continuing after step {restored.step:,} of {config.steps:,}")
+        _write_run(config)
+        return restored.step, TrainState(params=restored.params, **restored.rest)
+
+    def loop(self) -> TrainResult:
+        """Makes the steps that are left."""
+        config, pending, stopped, step = self.config, None, None, self.start
+        # A curriculum's next batch depends on this step's metrics, so it cannot run ahead of them.
+        lockstep = self.callback is not None or hasattr(self.batches, "observe")
+        if step >= config.steps:
+            self._say(f"nothing is left to do: {step:,} of {config.steps:,} steps are made; give more --steps")
+        for step in range(self.start + 1, config.steps + 1):
+            batch = next(self.batches)
+            placed = shard_batch(config, self.mesh, batch) | self._ask_to_stop()
+            self.state, metrics = self.train_step(self.state, placed)
+            if pending:
+                self._settle(*pending)
+            pending = (step, metrics, batch["tokens"].size)
+            last, stopped = step == config.steps, self._stopped_by()
+            log = last or _due(step, config.log_every)
+            evaluate = _due(step, config.eval_every) or (last and config.eval_every)
+            save = last or _due(step, config.checkpoint_every)
+            if lockstep or log or evaluate or save or stopped:
+                self._settle(*pending)
+                pending = None
+            if log and self.log:
+                extra: dict[str, float] = {}
+                if hasattr(self.batches, "observe"):
+                    extra["length"] = batch["tokens"].shape[1]
+                if self.throughput.rate:
+                    extra["tokens_per_second"] = self.throughput.rate
+                self.log.write(
+                    step, "train", {name: value for name, value in self.metrics.items() if name != "stop"} | extra
+                )
+            if evaluate:
+                self._evaluate(step)
+            if lockstep and self._observe(step):
+                stopped = stopped or "callback"
+            if save or stopped:
+                self._save(step)
+            if stopped:
+                break
+        if step == config.steps:
+            stopped = None  # whatever else asked for it, the run is complete
+        if stopped:
+            self._say(f"stopped by {stopped} after step {step:,}; everything is in the checkpoint")
+        return TrainResult(
+            config=config,
+            model=self.model,
+            state=self.state,
+            step=step,
+            metrics=self.metrics,
+            validation=self.validation_metrics,
+            stopped=stopped,
+            directory=config.directory,
+        )
+
+    def _ask_to_stop(self) -> dict[str, jax.Array]:
+        """With several processes, what each says to all in a step: 0, or the signal that has asked it to stop."""
+        if jax.process_count() == 1:
+            return {}
+        said = signal.Signals[self.stop.name].value if self.stop.name else 0
+        return {"stop": everywhere(self.mesh, said)}
+
+    def _stopped_by(self) -> str | None:
+        """The signal that asks to stop after this step, the same on all processes, as it was said in the last one."""
+        if jax.process_count() == 1:
+            return self.stop.name
+        return signal.Signals(self.said).name if self.said else None
+
+    def _settle(self, step: int, metrics: dict[str, jax.Array], tokens: int) -> None:
+        """Fetches a step's metrics, waiting for the step to end, and shows them."""
+        self.metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.said = int(self.metrics.pop("stop", 0))
+        self.throughput.step(tokens)
+        rate = self.throughput.rate
+        shown = f"loss {self.metrics['loss']:.4f}"
+        if hasattr(self.batches, "observe"):
+            shown += f", exact match {self.metrics['exact_match']:.2f}"
+        if rate:
+            shown += f", {rate:,.0f} tokens/s"
+        self.bar.set_postfix_str(shown, refresh=False)
+        self.bar.update(step - self.bar.n)
+        checked = ("loss", "z_loss", "grad_norm", "param_norm")
+        if bad := [name for name in checked if not math.isfinite(self.metrics.get(name, 0.0))]:
+            kept = self.checkpoints.steps()
+            found = ", ".join(f"{name} is {self.metrics[name]}" for name in bad)
+            where = f"from the last good checkpoint, step {kept[-1]} in {self.checkpoints.directory}, " if kept else ""
+            raise NonFiniteError(
+                f"step {step}: {found} at learning rate {self.metrics['learning_rate']:.3g}. Start again {where}with "
+                "a lower optim.learning_rate or a smaller optim.clip_norm"
+            )
+
+    def _observe(self, step: int) -> bool:
+        """Tells curriculum and callback of a step; whether the callback wants to stop."""
+        if hasattr(self.batches, "observe"):
+            self.batches.observe(self.metrics)
+        return bool(self.callback and self.callback(step, self.metrics, self.state))
+
+    def _evaluate(self, step: int) -> None:
+        """Measures the validation split, always on the same batches and from fresh rows."""
+        assert self.validation is not None
+        self.throughput.interrupt()
+        self.validation.set_state(self.validation_start)
+        stream = None
+        if self.config.stream:
+            begin = functools.partial(self.model.init_state, self.config.data.batch_size)
+            stream = jax.jit(begin, out_shardings=self.places.stream)()
+        total: dict[str, float] = {}
+        for _ in range(self.config.eval_steps):
+            batch = shard_batch(self.config, self.mesh, next(self.validation))
+            sums, stream = self.eval_step(self.state.params, batch, stream)
+            for name, value in jax.device_get(sums).items():
+                total[name] = total.get(name, 0.0) + float(value)  # in float64: many batches lose nothing
+        values = means(total)
+        self.validation_metrics = {name: values[name] for name in ("loss", "accuracy")}
+        if self.log:
+            self.log.write(step, "validation", self.validation_metrics)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in self.validation_metrics.items())
+        self._say(f"step {step:,}: validation {shown}")
+
+    def _save(self, step: int) -> None:
+        self.throughput.interrupt()
+        position = self.batches.get_state()
+        self.checkpoints.save(step, self.state.params, _rest(self.state), self.config, position)
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    """All fields of the state but the parameters."""
+    names = [field.name for field in dataclasses.fields(state) if field.name != "params"]
+    return {name: getattr(state, name) for name in names}
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def load_data(data: Any, split: str) -> Batches:
+    """Endless batches of a split of any data config; PassKey has no other split than "train"."""
+    if isinstance(data, QuestionData):
+        return QuestionBatches(data, split)
+    return load(data, split) if isinstance(data, TextData) else PasskeyBatches(data)
+
+
+def _write_run(config: TrainConfig) -> None:
+    """Keeps beside the checkpoints what is needed to repeat the run."""
+    if not is_main():
+        return
+    content = {
+        "config": to_json(config),
+        "data": manifest(config.data) if isinstance(config.data, TextData) else None,
+        "command": results.command_line(),
+        "commit": results.commit(),
+        "hardware": results.hardware(),
+        "versions": results.versions(),
+    }
+    target = config.directory / "run.json"
+    target.with_suffix(".tmp").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(target.with_suffix(".tmp"), target)
