@@ -204,7 +204,8 @@ def scan_blocks(
     fam = constrain(config.sharding, fam, "batch", None, None)
     carry = (fam, jnp.zeros(fam.shape[1:], fam.dtype))
     xs = (k, v, plan.index, complete, fresh, passed, position, plan.store, bank, pushed)
-    (fam, kept), out = jax.lax.scan(step, carry, xs)
+    with jax.named_scope("fam_scan"):  # by which the loop is found in a compiled program
+        (fam, kept), out = jax.lax.scan(step, carry, xs)
     fam_k, fam_v, slots = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), out)
     return fam, Source(fam_k, fam_v), kept, slots
 

@@ -24,6 +24,7 @@ Banks = Mapping[str, Array]
 Body = Callable[[Any, Any, Any, dict[str, Depth]], tuple[Any, dict[str, Any], Any]]
 
 
+@jax.named_scope("layers")  # by which the loops are found in a compiled program, those of the backward pass too
 def run_layers(
     mixer: Mixer,
     body: Body,

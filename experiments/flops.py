@@ -1,0 +1,221 @@
+"""Floating point operations: counted on a function's jaxpr, and by a closed formula for the decoder.
+
+Matrix products only, an addition and a multiplication being two operations; norms, softmax and rotations are under one
+percent. XLA's own `cost_analysis` counts the body of a loop once and is of no use here. Letters in formulas: B tokens
+in a block, m segments, N FAM rows, H query and G key/value heads of width k, d model width, e feed-forward width.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from fam_jax import DecoderConfig
+from lime_jax import LimeConfig
+from lime_jax.config import source_mask
+
+# Primitives that do the work of matrix products in a way that is not visible in a jaxpr, or that has no single count.
+OPAQUE = frozenset(
+    {
+        "cholesky",
+        "conv_general_dilated",
+        "custom_linear_solve",
+        "dot_product_attention_bwd_wrapper",
+        "dot_product_attention_fwd_wrapper",
+        "eig",
+        "eigh",
+        "fft",
+        "ffi_call",
+        "geqrf",
+        "hessenberg",
+        "householder_product",
+        "lu",
+        "pallas_call",
+        "qr",
+        "ragged_dot",
+        "ragged_dot_general",
+        "scaled_matmul",
+        "schur",
+        "svd",
+        "symmetric_product",
+        "triangular_solve",
+        "tridiagonal",
+        "tridiagonal_solve",
+    }
+)
+
+# Peak of dense bfloat16 products with float32 accumulation, operations per second of one device as JAX counts devices.
+# TPUs: the "System architecture" pages of cloud.google.com/tpu/docs, in TFLOP/s a chip: v3 123, v4 275, v5e 197,
+# v5p 459, v6e 918, TPU7x 2307. A chip of v3 and of TPU7x is two devices; one of v4 is one, its cores being fused.
+# GPUs: NVIDIA's data sheets, half of what they give "with sparsity": A100 624, H100 SXM and H200 1979, H100 PCIe 1513,
+# H100 NVL and H200 NVL 1671, L4 242.
+PEAK_FLOPS = {
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU7x": 1153.5e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.5e12,
+    "NVIDIA H100 PCIe": 756.5e12,
+    "NVIDIA H100 NVL": 835.5e12,
+    "NVIDIA H200": 989.5e12,
+    "NVIDIA H200 NVL": 835.5e12,
+}
+
+
+def count(fn: Callable[..., Any], *args: Any) -> int:
+    """Operations of `fn(*args)` on all devices together, what a backward pass computes again included.
+
+    Counts every product in the program as it is traced, masked entries and padding too: loops times their length, the
+    larger branch of a conditional, and a `jax.shard_map` times the devices that run it.
+
+    Args:
+        fn: Anything that can be traced, jitted or not.
+        args: Its arguments; `jax.ShapeDtypeStruct` will do, so that no memory is needed.
+
+    Raises:
+        ValueError: There are products in a `while` loop, whose length is unknown (`jax.lax.fori_loop` with constant
+            bounds is a scan), or a kernel or a factorisation whose operations a jaxpr does not show.
+    """
+    return _count(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+def _count(jaxpr: Jaxpr) -> int:
+    return sum(_count_equation(equation) for equation in jaxpr.eqns)
+
+
+def _count_equation(equation: Any) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        terms = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+        return 2 * terms * math.prod(equation.outvars[0].aval.shape)
+    if name in OPAQUE:
+        raise ValueError(
+            f"the operations of {name} cannot be read off a jaxpr; count a reference implementation instead"
+        )
+    inner = [_count(jaxpr) for jaxpr in _inner(params)]
+    if name == "scan":
+        return params["length"] * sum(inner)
+    if name == "cond":
+        return max(inner)
+    if name == "while" and sum(inner):
+        raise ValueError("a while loop with matrix products has no known length; use jax.lax.scan or constant bounds")
+    if name == "shard_map":
+        axes = params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
+        return math.prod(params["mesh"].shape[axis] for axis in axes) * sum(inner)
+    return sum(inner)
+
+
+def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:
+    """The jaxprs among an equation's parameters: those of jit, remat, custom derivatives, loops and branches."""
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, Jaxpr):
+                yield item
+
+
+def forward_flops(config: DecoderConfig, batch: int, length: int, *, useful: bool = False) -> int:
+    """Operations of one call of the decoder without a state, logits included: the closed formula.
+
+    Per layer, with P = 2dHk + 2dGk + 3de weights, a row of tokens, FAM or prompt costs 2P, and a pair of query and key
+    4Hk. The FAM has N rows in each block, which see N + B keys, and the prompt N rows a call.
+
+    Args:
+        config: The decoder's; its mixing is None or a LimeConfig of any router but dynamic_views.
+        batch: Rows of the batch.
+        length: Tokens of a row.
+        useful: False counts what the program computes: whole blocks, and all scores of a token with its block, m
+            segments and N FAM rows, masked or not. True, for the utilisation of a device, only what the model needs:
+            keys that a token sees, blocks that are full, and layers that a router may read.
+
+    Raises:
+        ValueError: There is no formula for the mixing.
+    """
+    c, memory, fam = config, config.memory, config.fam_length
+    block = memory.block_size if memory else length
+    if useful:
+        tokens, updates = batch * length, batch * (length // block)
+        token_pairs = batch * _visible(config, length) + tokens * fam
+    else:
+        blocks = -(-length // block)
+        tokens, updates = batch * blocks * min(length, block), batch * blocks
+        token_pairs = tokens * (block * (1 + c.segments) + fam)
+    rows = tokens + updates * fam + fam
+    pairs = token_pairs + updates * fam * (fam + block) + fam * fam
+    weights = 2 * c.d_model * c.head_dim * (c.num_heads + c.num_kv_heads) + 3 * c.d_model * c.d_ff
+    layers = c.num_layers * (2 * weights * rows + 4 * c.num_heads * c.head_dim * pairs)
+    return layers + rows * _mixing(config, useful) + 2 * c.d_model * c.vocab_size * batch * length
+
+
+def train_flops(config: DecoderConfig, batch: int, length: int, *, useful: bool = False) -> int:
+    """Three times `forward_flops`: for each product, its gradient takes two more. Nothing is computed again."""
+    return 3 * forward_flops(config, batch, length, useful=useful)
+
+
+def _visible(config: DecoderConfig, length: int) -> int:
+    """Tokens that the tokens of a document see, summed over the document."""
+    position = np.arange(length, dtype=np.int64)
+    seen = position + 1
+    if config.memory is not None:
+        block = config.memory.block_size
+        seen = np.minimum(seen, position % block + 1 + config.segments * block)
+        if config.memory.window is not None:
+            seen = np.minimum(seen, config.memory.window)
+    return int(seen.sum())
+
+
+def _mixing(config: DecoderConfig, useful: bool) -> int:
+    """Operations of all layers' mixing of one row.
+
+    A layer that is scanned mixes the whole bank of layers, those that come after it with weight zero, and its own slot;
+    one that is not, only what there is.
+    """
+    mixing, layers, heads, width = config.mixing, config.num_layers, config.num_kv_heads, config.d_model
+    if mixing is None:
+        return 0
+    if not isinstance(mixing, LimeConfig):
+        raise ValueError(f"mixing={mixing!r} has no formula; count the operations on the jaxpr with count()")
+    apart = 4 * heads * config.head_dim  # keys and values, head by head
+    static = apart if mixing.same_head else apart * heads
+    cost = {  # of a slot that is read: mixing it, and computing its weights
+        "static_kv": (static, 0),
+        "average": (apart, 0),
+        "dynamic_kv": (static + apart, 2 * width * heads),
+        "static_hidden": (2 * width * heads, 0),
+        "dynamic_hidden": (2 * width * heads, 2 * width * heads),
+    }
+    if mixing.router not in cost:
+        raise ValueError(f"router={mixing.router!r} has no formula; count the operations on the jaxpr with count()")
+    mix, weigh = cost[mixing.router]
+    if useful:  # the first layer has nothing to mix
+        return int(source_mask(mixing.sources, layers)[1:].sum()) * (mix + weigh)
+    whole = config.scan_layers or mixing.backward == "push"
+    slots = layers * (layers + 1) if whole else layers * (layers + 1) // 2
+    return slots * mix + layers**2 * weigh
+
+
+def mfu(flops: float, seconds: float, device_kind: str, devices: int) -> float | None:
+    """Share of the devices' bfloat16 peak: model FLOP utilisation, or that of the hardware.
+
+    Args:
+        flops: Operations of a step: `train_flops` with `useful=True` for the model's, `count` for the hardware's.
+        seconds: Time of the step.
+        device_kind: `device_kind` of a JAX device.
+        devices: Devices that ran the step.
+
+    Returns:
+        A fraction; None if the peak of the device is not known.
+    """
+    peak = PEAK_FLOPS.get(device_kind)
+    return None if peak is None else flops / (seconds * peak * devices)
