@@ -99,9 +99,8 @@ def test_two_and_then_four_processes_are_as_one(tmp_path):
     """Training, evaluation, checkpoints and the data; a run that goes on with another number of processes."""
     alone, together = tiny_job(tmp_path, "alone"), tiny_job(tmp_path, "together")
     train(alone, progress=False)
-    job = Job(
-        tmp_path, dataclasses.replace(together, steps=10), count=2, devices=2, options=("--optim.decay-steps", "20")
-    )
+    decay = ("--optim.decay-steps", "20")
+    job = Job(tmp_path, dataclasses.replace(together, steps=10), count=2, devices=2, options=decay)
     assert job.wait() == [0, 0], job.text()
     assert "2 processes with 2 devices each" in job.text()
     assert "step/s" not in job.text(1)  # only the main process shows how far it is
