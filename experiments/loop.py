@@ -33,6 +33,7 @@ from experiments.metrics import MetricsLog, Throughput
 from experiments.optim import make_optimizer
 from experiments.process import BusyError, only_process, set_aside, stop_signals
 from experiments.step import (
+    CHECKED,
     TrainState,
     create_state,
     everywhere,
@@ -49,8 +50,11 @@ from fam_jax.sharding import table
 Callback = Callable[[int, dict[str, float], TrainState], bool | None]
 
 
+SKIPPED_IN_A_ROW = 10  # steps whose loss or gradient is not finite, before a run is given up
+
+
 class NonFiniteError(RuntimeError):
-    """The loss or its gradient is not a finite number. The message says at which step and what to do."""
+    """The loss or its gradient is not a finite number, again and again. The message says when and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +104,8 @@ def train(
             cannot be made.
         DataError: The data cannot be used, or it is not that of the run to continue.
         CheckpointError: The folder holds another run, or a checkpoint cannot be read or written.
-        NonFiniteError: The loss or the gradient is not finite. The last good checkpoint stays.
+        NonFiniteError: The loss or the gradient is not finite in SKIPPED_IN_A_ROW steps one after another; a single one
+            is left out. The last good checkpoint stays.
         BusyError: Another process is training in the same folder.
     """
     check(config)
@@ -149,6 +154,7 @@ class _Run:
         )
         self.throughput = Throughput()
         self.metrics: dict[str, float] = {}
+        self.skipped = 0  # steps in a row that were left out
         self.said = 0  # the signal that some process has said to all
         self.validation_metrics: dict[str, float] = {}
 
@@ -223,15 +229,14 @@ class _Run:
             if lockstep or log or evaluate or save or stopped:
                 self._settle(*pending)
                 pending = None
+            save = last or (save and not self.skipped)  # a run that goes wrong keeps what was before
             if log and self.log:
                 extra: dict[str, float] = {}
                 if hasattr(self.batches, "observe"):
                     extra["length"] = batch["tokens"].shape[1]
                 if self.throughput.rate:
                     extra["tokens_per_second"] = self.throughput.rate
-                self.log.write(
-                    step, "train", {name: value for name, value in self.metrics.items() if name != "stop"} | extra
-                )
+                self.log.write(step, "train", {**self.metrics, **extra})
             if evaluate:
                 self._evaluate(step)
             if lockstep and self._observe(step):
@@ -281,14 +286,21 @@ class _Run:
             shown += f", {rate:,.0f} tokens/s"
         self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update(step - self.bar.n)
-        checked = ("loss", "z_loss", "grad_norm", "param_norm")
-        if bad := [name for name in checked if not math.isfinite(self.metrics.get(name, 0.0))]:
+        if not self.metrics["skipped"]:
+            self.skipped = 0
+            return
+        self.skipped += 1
+        found = ", ".join(
+            f"{name} is {self.metrics[name]}" for name in CHECKED if not math.isfinite(self.metrics.get(name, 0.0))
+        )
+        self._say(f"WARNING: step {step:,} is left out: {found}")
+        if self.skipped >= SKIPPED_IN_A_ROW:
             kept = self.checkpoints.steps()
-            found = ", ".join(f"{name} is {self.metrics[name]}" for name in bad)
             where = f"from the last good checkpoint, step {kept[-1]} in {self.checkpoints.directory}, " if kept else ""
             raise NonFiniteError(
-                f"step {step}: {found} at learning rate {self.metrics['learning_rate']:.3g}. Start again {where}with "
-                "a lower optim.learning_rate or a smaller optim.clip_norm"
+                f"step {step}: {found}, as in the {SKIPPED_IN_A_ROW - 1} steps before, at learning rate "
+                f"{self.metrics['learning_rate']:.3g}. Start again {where}with a lower optim.learning_rate or a "
+                "smaller optim.clip_norm"
             )
 
     def _observe(self, step: int) -> bool:

@@ -12,6 +12,8 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from experiments.typed import to_json
+
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     """The lines of a metrics file, in order: "step", "split" ("train" or "validation") and the metrics.
@@ -46,8 +48,8 @@ class MetricsLog:
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
-        """Adds one line; it is on its way to the disk when this returns."""
-        self._file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
+        """Adds one line, numbers that are not finite as null; it is on its way to the disk when this returns."""
+        self._file.write(json.dumps(to_json({"step": step, "split": split, **metrics})) + "\n")
         self._file.flush()
         for name, value in metrics.items():
             self._board.add_scalar(f"{split}/{name}", value, step)

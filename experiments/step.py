@@ -19,6 +19,8 @@ from fam_jax import Decoder, RSPState, StreamState, tree_shardings
 from fam_jax.loss import TokenLosses
 from fam_jax.sharding import fit
 
+CHECKED = ("loss", "z_loss", "grad_norm", "param_norm")  # metrics that must be finite for a step to count
+
 
 @struct.dataclass
 class TrainState:
@@ -178,7 +180,8 @@ def make_train_step(
         A function (state, batch) -> (next state, metrics), which consumes the state that it is given. Metrics
         are float32 scalars: those of `means` before the update, `grad_norm` before clipping, the same per
         group of parameters (`grad_norm/fam_prompt` and so on, so that a memory without a gradient shows),
-        `param_norm` after the update, and `learning_rate`.
+        `param_norm` after the update, `learning_rate`, and `skipped`: 1 if one of CHECKED is not finite, so that
+        the step is left out and nothing but its number is new.
     """
 
     def loss_fn(params: Any, state: TrainState, batch: Mapping[str, Array], weight: Array, key: Array) -> Any:
@@ -231,16 +234,13 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         metrics["param_norm"] = optax.tree.norm(params)
         metrics["learning_rate"] = schedule(state.step)
+        good = jnp.all(jnp.isfinite(jnp.stack([metrics[name] for name in CHECKED if name in metrics])))
+        metrics["skipped"] = ~good
         if stop is not None:
             metrics["stop"] = jnp.max(stop)
-        new_state = TrainState(
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            key=state.key,
-            stream=stream,
-            rsp=rsp,
-        )
+        made = dataclasses.replace(state, params=params, opt_state=opt_state, stream=stream, rsp=rsp)
+        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), made, state)
+        new_state = dataclasses.replace(kept, step=state.step + 1)
         return new_state, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=None if places is None else (places, None))

@@ -167,14 +167,18 @@ def test_one_process_at_a_time(tmp_path):
                 train(config, progress=False, fresh=fresh)
 
 
-def test_loss_that_is_not_finite(tmp_path):
+def test_loss_that_is_not_finite(tmp_path, capsys):
     config = plain(tmp_path, steps=5, checkpoint_every=2)
     good = train(config, progress=False)
     wild = OptimConfig(learning_rate=1e38, schedule="constant")
-    wilder = dataclasses.replace(config, optim=wild, steps=9, checkpoint_every=1)
-    message = r"step 6: .*param_norm is inf.* Start again from the last good checkpoint, step 5 in "
+    wilder = dataclasses.replace(config, optim=wild, steps=30, checkpoint_every=1)
+    message = r"step 15: .*param_norm is inf, as in the 9 steps before.* from the last good checkpoint, step 5 in "
     with pytest.raises(NonFiniteError, match=message):
-        train(wilder, progress=False)
+        train(wilder)
+    assert "WARNING: step 6 is left out: param_norm is inf" in capsys.readouterr().out
+    assert [(row["step"], row["skipped"], row["param_norm"]) for row in metric_rows(config)[5:]] == [
+        (step, 1.0, None) for step in range(6, 15)
+    ]
     kept = restore(config)
     assert kept.step == 5
     assert_same_bits(kept.params, good.state.params)

@@ -260,3 +260,21 @@ def test_parts_of_a_batch_add_up_to_it(tmp_path, mode, rsp):
             wanted, got = getattr(whole, field), getattr(state, field)
             for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_that_is_not_finite_is_left_out(tmp_path):
+    """Nothing but its number is new, and the next one is as if it had not been."""
+    config = tiny(tmp_path)
+    model, (optimizer, schedule) = Decoder(config.model), make_optimizer(config.optim, config.steps)
+    step = make_train_step(config, model, optimizer, schedule)
+    ids = np.random.default_rng(0).integers(0, 256, (2, 33))
+    flags = {"reset": np.zeros((2, 4), bool), "padded": np.zeros((2, 4), bool)}
+    batch = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "weights": np.ones((2, 32), np.float32), **flags}
+    state, metrics = step(create_state(config, model, optimizer), batch)
+    assert float(metrics["skipped"]) == 0
+    before = jax.tree.map(jnp.copy, state)
+    state, metrics = step(state, batch | {"weights": np.full((2, 32), np.nan, np.float32)})
+    assert float(metrics["skipped"]) == 1
+    assert np.isnan(float(metrics["loss"]))
+    assert int(state.step) == 2
+    assert_same_bits(dataclasses.replace(state, step=before.step), before)
