@@ -8,13 +8,10 @@ compares the checksums first: Orbax alone returns an array whose bytes were dama
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
-import zlib
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,26 +21,18 @@ from orbax.checkpoint import v1 as ocp
 
 from experiments.config import MAY_CHANGE, TrainConfig
 from experiments.distributed import is_main, on_main
+from experiments.integrity import (
+    FORMAT,
+    CheckpointError,
+    DamagedCheckpoint,
+    checksums,
+    first_line,
+    sync,
+    verify,
+    write_meta,
+)
 from experiments.typed import differences, from_json, to_json
 from fam_jax import Decoder
-
-FORMAT = 1
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, read or used. The message says which and what to do."""
-
-
-class DamagedCheckpoint(CheckpointError):
-    """The files of a checkpoint are not those that were written.
-
-    Attributes:
-        folder: The checkpoint's.
-    """
-
-    def __init__(self, folder: Path, reason: str):
-        super().__init__(f"checkpoint {folder} is damaged: {reason}")
-        self.folder = folder
 
 
 class Restored(NamedTuple):
@@ -121,11 +110,11 @@ class Checkpoints:
                 "config": to_json(config),
                 "data": dict(data),
                 "arrays": {item: {k: _shape(leaf) for k, leaf in leaves.items()} for item, leaves in items.items()},
-                "files": _checksums(partial),
+                "files": checksums(partial),
             }
-            _write_meta(partial / "meta.json", content)
+            write_meta(partial / "meta.json", content)
             os.rename(partial, final)
-            _sync(self.directory)
+            sync(self.directory)
 
         try:
             if not on_main(prepare, (OSError,)):
@@ -140,7 +129,7 @@ class Checkpoints:
                 raise  # tensorstore reports what the system says, a full disk too, as a ValueError
             kept = ", ".join(map(str, self.steps())) or "none"
             raise CheckpointError(
-                f"checkpoint {step} could not be written to {self.directory}: {_first_line(error)}. Earlier "
+                f"checkpoint {step} could not be written to {self.directory}: {first_line(error)}. Earlier "
                 f"checkpoints are as they were (steps: {kept}). Make room or repair the disk, then start the "
                 "same command again"
             ) from error
@@ -174,7 +163,7 @@ class Checkpoints:
             for step in reversed(self.steps()):
                 folder = self.directory / str(step)
                 try:
-                    meta = _verify(folder)
+                    meta = verify(folder)
                 except DamagedCheckpoint as error:
                     damaged.append(error)
                     continue
@@ -206,8 +195,8 @@ class Checkpoints:
         return restored
 
 
-def load_model(path: Path | str, step: int | None = None) -> tuple[Decoder, dict[str, Any], TrainConfig]:
-    """Reads a trained model: the decoder, its variables and the config of its run.
+def find_checkpoint(path: Path | str, step: int | None = None) -> tuple[Path, dict[str, Any], TrainConfig]:
+    """A checkpoint whose parameters are as they were written: its folder, its description, and its run's config.
 
     Args:
         path: A run's folder, its `checkpoints` folder, or one checkpoint in it.
@@ -232,17 +221,25 @@ def load_model(path: Path | str, step: int | None = None) -> tuple[Decoder, dict
         candidates = [folder / str(s) for s in (reversed(steps) if step is None else [step])]
     for folder in candidates:
         try:
-            meta = _verify(folder, "params")
+            meta = verify(folder, "params")
         except DamagedCheckpoint as error:
             if folder == candidates[-1]:
                 raise CheckpointError(f"{error}. Bring it back from a copy, or give another checkpoint") from error
             _warn(f"{error}. Reading an earlier one instead")
             continue
-        config = _read_config(meta, folder)
-        model = Decoder(config.model)
-        shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-        return model, {"params": _load(folder, "params", shapes, meta)}, config
+        return folder, meta, _read_config(meta, folder)
     raise AssertionError("unreachable: the last candidate returns or raises")
+
+
+def load_model(path: Path | str, step: int | None = None) -> tuple[Decoder, dict[str, Any], TrainConfig]:
+    """Reads a trained model: the decoder, its variables and the config of its run.
+
+    Arguments and errors are those of `find_checkpoint`.
+    """
+    folder, meta, config = find_checkpoint(path, step)
+    model = Decoder(config.model)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return model, {"params": _load(folder, "params", shapes, meta)}, config
 
 
 def run_folder(path: Path | str) -> Path:
@@ -282,20 +279,31 @@ def _load(folder: Path, item: str, like: Any, meta: dict[str, Any]) -> Any:
                 f"{folder} is a checkpoint of another model: {item}.{name} is {stored.get(name, 'absent')} "
                 f"there and {here} here; use the code that wrote it, or start a run in another --work-dir"
             )
-    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default)
-        for name, leaf in wanted.items()
-    }
-    try:
-        arrays = ocp.load(folder.resolve() / item, abstract)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} could not be read: {_first_line(error)}") from error
+    arrays = read_arrays(folder, item, wanted)
 
     def pick(path: tuple, leaf: Any) -> Any:
         return arrays[_name(path)] if leaf.size else jnp.zeros(leaf.shape, leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(pick, like)
+
+
+def read_arrays(folder: Path, item: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays of an item of a verified checkpoint by name, like the arrays or shapes that are wanted.
+
+    Raises:
+        CheckpointError: They cannot be read.
+    """
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default)
+        for name, leaf in wanted.items()
+    }
+    partial = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
+    try:
+        with ocp.Context(pytree_options=partial):
+            return ocp.load(folder.resolve() / item, abstract)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} could not be read: {first_line(error)}") from error
 
 
 def _read_config(meta: dict[str, Any], folder: Path) -> TrainConfig:
@@ -321,68 +329,10 @@ def _compare_configs(meta: dict[str, Any], config: TrainConfig, folder: Path) ->
     return changed
 
 
-def _checksums(folder: Path, item: str = "") -> dict[str, list[int]]:
-    """Size and CRC-32 of every file, or of those of an item."""
-    files = sorted(path for path in (folder / item).rglob("*") if path.is_file() and path.name != "meta.json")
-    names = [path.relative_to(folder).as_posix() for path in files]
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(_checksum, files), strict=True))
-
-
-def _checksum(path: Path) -> list[int]:
-    crc, size = 0, 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
-    return [size, crc]
-
-
-def _write_meta(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, allow_nan=False)
-    with path.open("w", encoding="utf-8") as file:
-        json.dump({"crc32": zlib.crc32(text.encode()), "content": content}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(directory: Path) -> None:
-    """Makes a rename in `directory` survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _verify(folder: Path, item: str = "") -> dict[str, Any]:
-    """The content of meta.json, once it and the files of an item (or all) are found to be as written."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        content = meta["content"]
-        if meta["crc32"] != zlib.crc32(json.dumps(content).encode()):
-            raise ValueError("meta.json was changed")
-        found = _checksums(folder, item)
-        for name, written in content["files"].items():
-            if name.startswith(item) and found.get(name) != written:
-                now = f"has {found[name][0]} bytes with other content" if name in found else "is missing"
-                raise ValueError(f"{name} of {written[0]} bytes {now}")
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise DamagedCheckpoint(folder, _first_line(error)) from error
-    if content["format"] != FORMAT:
-        raise CheckpointError(
-            f"{folder} has format {content['format']}, this code reads {FORMAT}; use the code that wrote it"
-        )
-    return content
-
-
 def _free_name(path: Path) -> Path:
     """`path`, or with the first number that makes it new."""
     names = (path if i == 0 else path.with_name(f"{path.name}-{i}") for i in range(10_000))
     return next(name for name in names if not name.exists())
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:300]
 
 
 def _warn(message: str) -> None:

@@ -41,6 +41,8 @@ class TrainConfig:
         eval_steps: Batches of an evaluation, always the same ones.
         checkpoint_every: Steps from one checkpoint to the next; the end always has one, and 0 is only there.
         keep: Checkpoints kept; older ones are deleted.
+        init_from: A run, or one checkpoint of it, whose parameters this run begins with. Its model may have another
+            memory or mixing: FAM is added to a trained model so, or its length changed.
         work_dir: Folder of checkpoints, metrics and the config; None is `runs/NAME`.
         mesh: How the devices are used; what goes over which of its axes is `model.sharding`.
     """
@@ -58,6 +60,7 @@ class TrainConfig:
     eval_steps: int = 16
     checkpoint_every: int = 200
     keep: int = 2
+    init_from: str | None = None
     work_dir: str | None = None
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 

@@ -43,6 +43,7 @@ from experiments.step import (
     shard,
     shard_batch,
 )
+from experiments.transfer import take_parameters
 from experiments.typed import to_json
 from fam_jax import Decoder, make_mesh
 from fam_jax.sharding import table
@@ -198,8 +199,12 @@ class _Run:
         say(f"files: {config.directory.resolve()} (checkpoints/, metrics.jsonl, tensorboard/, run.json)")
         if restored is None:
             say(f"a new run of {config.steps:,} steps")
+            state = create()
+            if config.init_from is not None:
+                say(f"its parameters begin as those of {config.init_from}")
+                state = dataclasses.replace(state, params=take_parameters(config.init_from, config, state.params, say))
             _write_run(config)
-            return 0, create()
+            return 0, state
         for field, before, now in restored.changed:
             say(f"changed since the last start: {field} was {before!r} and is {now!r}")
             if field == "steps" and config.optim.schedule != "constant" and config.optim.decay_steps is None:

@@ -23,7 +23,7 @@ from train_helpers import (
     with_model,
 )
 
-from experiments import checkpoint
+from experiments import checkpoint, integrity
 from experiments.checkpoint import CheckpointError, Checkpoints, load_model
 from experiments.optim import make_optimizer
 from experiments.step import create_state
@@ -178,7 +178,7 @@ def test_settings_of_another_version(saved):
     path = folder.directory / "2" / "meta.json"
     content = json.loads(path.read_text())["content"]
     content["config"]["model"]["tricks"] = 3
-    checkpoint._write_meta(path, content)
+    integrity.write_meta(path, content)
     with pytest.raises(CheckpointError, match=r"another version of the code.*config.model.tricks is not known"):
         folder.restore(*trees(), config)
 
@@ -207,7 +207,7 @@ def test_interrupted_save(saved, monkeypatch, moment):
         elif moment == "meta":
             patch.setattr(checkpoint.os, "fsync", kill_at(os.fsync, 1))
         elif moment == "rename":
-            patch.setattr(checkpoint, "_sync", kill_at(checkpoint._sync, 1))
+            patch.setattr(checkpoint, "sync", kill_at(checkpoint.sync, 1))
         else:
             patch.setattr(checkpoint.shutil, "rmtree", kill_at(shutil.rmtree, 1))
         with pytest.raises(Killed):

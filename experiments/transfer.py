@@ -1,0 +1,65 @@
+"""A new run that begins with the parameters of another: FAM added to a trained BSWA model, another FAM length, LIMe.
+
+What only memory along time or mixing along depth brings may differ between the two models; the rest may not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.checkpoint import CheckpointError, find_checkpoint, read_arrays
+from experiments.config import TrainConfig
+from experiments.typed import differences, to_json
+
+# Fields of the model that the parameters they share do not depend on.
+_FREE = re.compile(r"(memory|mixing|sharding)(\..*)?|schedule|remat|scan_layers|dtype")
+
+
+def take_parameters(path: str, config: TrainConfig, params: Any, say: Callable[[str], None]) -> Any:
+    """The parameters of a checkpoint where a model has the same, and the model's own where it has not.
+
+    A FAM prompt of another length is cut, or goes on with the new one's rows.
+
+    Args:
+        path: A run's folder, or one checkpoint in it.
+        config: Of the new run.
+        params: Its initial parameters.
+        say: Told what is not taken over.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, it is damaged, or its model differs in what may not differ; names
+            the first such field.
+    """
+    folder, meta, theirs = find_checkpoint(Path(path).expanduser())
+    for field, before, now in differences(to_json(theirs.model), to_json(config.model)):
+        if not _FREE.fullmatch(field):
+            raise CheckpointError(
+                f"{folder} cannot be begun with: model.{field} is {before!r} there and {now!r} here; only memory and "
+                "mixing may differ"
+            )
+    stored = meta["arrays"]["params"]
+    named = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    same = {name: leaf for name, leaf in named.items() if stored.get(name) == f"{leaf.dtype}{list(leaf.shape)}"}
+    taken = read_arrays(folder, "params", same)
+    if "fam_prompt" in stored and "fam_prompt" in named and "fam_prompt" not in same:
+        new = named["fam_prompt"]
+        rows = int(re.findall(r"\d+", stored["fam_prompt"].partition("[")[2])[0])
+        old = read_arrays(folder, "params", {"fam_prompt": jax.ShapeDtypeStruct((rows, new.shape[1]), new.dtype)})
+        kept = old["fam_prompt"][: new.shape[0]]
+        taken["fam_prompt"] = jax.device_put(new.at[: len(kept)].set(kept), new.sharding)
+        say(f"  fam_prompt has {new.shape[0]} rows; {len(kept)} are taken over")
+    fresh, left = sorted(named.keys() - taken.keys()), sorted(stored.keys() - named.keys())
+    if fresh:
+        say(f"  new: {', '.join(fresh)}")
+    if left:
+        say(f"  not taken over: {', '.join(left)}")
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: taken.get(_name(path), leaf), params)
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
