@@ -54,7 +54,7 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run, which this process alone writes."""
+    """The checkpoints of one run, which this process or its job alone writes."""
 
     def __init__(self, directory: Path, keep: int):
         """Opens a folder, creating it if need be, and removes what a killed process left half done in it.

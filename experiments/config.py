@@ -33,7 +33,7 @@ class TrainConfig:
         steps: Updates in all.
         seed: Seed of the initial parameters and of all randomness of training. The data has its own.
         accumulate: Parts that a batch is divided into, whose gradients are added up one after another: less memory for
-            the same step.
+            the same step, but for its random draws.
         z_loss: Weight of the squared log-partition in the loss, which keeps logits from drifting; 0 is off.
         log_every: Steps from one line of metrics to the next.
         eval_every: Steps from one evaluation on the validation split to the next; 0 is never, else once more

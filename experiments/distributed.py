@@ -36,8 +36,8 @@ def start(
 ) -> None:
     """Joins this process to its job; must come before anything else that JAX does.
 
-    Without arguments, JAX looks for a job of Cloud TPU, SLURM, Open MPI or Kubernetes; where there is none, the process
-    is a job of its own.
+    Without arguments, JAX looks for a job of Cloud TPU, SLURM, Open MPI or Kubernetes; where there is none, or with
+    `num_processes` 1 alone, the process is a job of its own.
 
     Args:
         coordinator: HOST:PORT at which all processes reach process 0.
@@ -49,6 +49,8 @@ def start(
         ValueError: Some arguments are given, but not all, or they are wrong.
         DistributedError: JAX cannot join them.
     """
+    if num_processes == 1 and coordinator is None and process_id is None:
+        return
     given = {"coordinator": coordinator, "num-processes": num_processes, "process-id": process_id}
     if missing := [name for name, value in given.items() if value is None]:
         if len(missing) < len(given):
@@ -81,14 +83,15 @@ def start(
             initialization_timeout=timeout + 60,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
-    except ValueError as error:
-        if not missing:
+    except Exception as error:
+        if missing and ("coordinator_address should be defined" in str(error) or "before any JAX" in str(error)):
+            return  # there is no job, or a notebook or a test has used JAX already
+        if isinstance(error, ValueError) and not missing:
             raise ValueError(f"--distributed: {error}") from error
-        # Nothing was given and nothing was found: one process.
-    except RuntimeError as error:
-        if len(missing) == len(given) and "before any JAX" in str(error):
-            return  # a notebook or a test that has used JAX already, and is no job
-        raise DistributedError(f"{who} could not join the others at {at}: {str(error).splitlines()[0]}") from error
+        raise DistributedError(
+            f"{who} could not join the others at {at}: {type(error).__name__}: {str(error).splitlines()[0]}; "
+            "--distributed.num-processes 1 trains with this process alone"
+        ) from error
     finally:
         alarm.cancel()
 
@@ -154,6 +157,11 @@ def check_same(what: str, value: Any) -> None:
                 f"process {number} has other {what} than process 0: check that all have the same code, settings and "
                 "files"
             )
+
+
+def is_loss(error: Exception) -> bool:
+    """Whether an error of JAX's runtime means that another process is not there any more."""
+    return bool(re.search(r"UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|CANCELLED|gloo|onnection|oordination", str(error)))
 
 
 def warn_lost(error: BaseException) -> None:

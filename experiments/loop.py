@@ -28,7 +28,7 @@ from experiments.config import TrainConfig, check
 from experiments.data import Batches, TextData, load, manifest
 from experiments.data.passkey import PasskeyBatches
 from experiments.data.questions import QuestionBatches, QuestionData
-from experiments.distributed import check_same, is_main, on_main
+from experiments.distributed import check_same, is_main, on_main, share
 from experiments.metrics import MetricsLog, Throughput
 from experiments.optim import make_optimizer
 from experiments.process import BusyError, only_process, set_aside, stop_signals
@@ -98,7 +98,7 @@ def train(
         fresh: Start anew; an earlier run in the same folder is moved aside, not deleted.
         progress: Show a progress bar and say where things go.
         callback: Called after every step with its number, its metrics and the state, which is valid until it
-            returns. Returning True ends the run there, with a checkpoint.
+            returns. Returning True, in the main process if there are several, ends the run there, with a checkpoint.
 
     Raises:
         ValueError: The parts of the config do not fit together, see `experiments.config.check`, or the folder
@@ -108,6 +108,7 @@ def train(
         NonFiniteError: The loss or the gradient is not finite in SKIPPED_IN_A_ROW steps one after another; a single one
             is left out. The last good checkpoint stays.
         BusyError: Another process is training in the same folder.
+        DistributedError: The processes of the job have other settings or other data.
     """
     check(config)
     with contextlib.ExitStack() as stack:
@@ -121,6 +122,7 @@ class _Run:
         self, config: TrainConfig, fresh: bool, progress: bool, callback: Callback | None, stack: contextlib.ExitStack
     ):
         self.config, self.progress, self.callback = config, progress, callback
+        check_same("settings", [to_json(config), fresh])
         self.mesh = make_mesh(config.mesh)
         stack.enter_context(jax.set_mesh(self.mesh))
         self.model = Decoder(config.model)
@@ -129,12 +131,15 @@ class _Run:
         shapes = shard(config, self.mesh, jax.eval_shape(create))
         self.places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
         begin = jax.jit(create, out_shardings=self.places)
+        stream = functools.partial(self.model.init_state, config.data.batch_size)
+        self.begin_stream = jax.jit(stream, out_shardings=self.places.stream)
         self.train_step = make_train_step(config, self.model, optimizer, schedule, self.places)
         self.eval_step = make_eval_step(self.model)
         # Whatever is wrong with the data shows here, before anything is compiled and before the folder is touched.
         self.batches = load_data(config.data, "train")
         self.validation = load_data(config.data, "validation") if config.eval_every else None
         self.validation_start = self.validation.get_state() if self.validation is not None else {}
+        check_same("data", [self.batches.get_state(), self.validation_start])
         self.stop = stack.enter_context(stop_signals())  # an interrupt that is raised while XLA compiles can get lost
         self._take_folder(fresh, stack)
         self.checkpoints = Checkpoints(config.directory / "checkpoints", config.keep)
@@ -182,7 +187,6 @@ class _Run:
         if restored is not None:
             self.batches.set_state(restored.data)  # refuses other data, before run.json would name it
         size = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
-        check_same("data", self.batches.get_state())
         device = jax.devices()[0]
         count = "" if self.mesh.size == 1 else f"{self.mesh.size} x "
         say(f"{config.name}: {size / 1e6:,.2f}M parameters on {count}{device.device_kind} ({device.platform})")
@@ -191,10 +195,11 @@ class _Run:
         if self.mesh.size > 1:
             say(table(config.model.sharding, self.mesh, shapes.params))
             rows = math.prod(self.mesh.shape[axis] for axis in config.model.sharding.batch)
-            if config.data.batch_size % rows:
+            if config.data.batch_size // config.accumulate % rows:
                 say(
-                    f"WARNING: data.batch_size={config.data.batch_size} is not a multiple of the {rows} devices that "
-                    "rows are spread over, so that some do the same work; change it, or mesh.data and mesh.fsdp"
+                    f"WARNING: data.batch_size={config.data.batch_size} over accumulate={config.accumulate} is not a "
+                    f"multiple of the {rows} devices that rows are spread over, so that some do the same work; change "
+                    "one of them, or mesh.data and mesh.fsdp"
                 )
         say(f"files: {config.directory.resolve()} (checkpoints/, metrics.jsonl, tensorboard/, run.json)")
         if restored is None:
@@ -215,7 +220,7 @@ class _Run:
 
     def loop(self) -> TrainResult:
         """Makes the steps that are left."""
-        config, pending, stopped, step = self.config, None, None, self.start
+        config, pending, stopped, step, due = self.config, None, None, self.start, False
         # A curriculum's next batch depends on this step's metrics, so it cannot run ahead of them.
         lockstep = self.callback is not None or hasattr(self.batches, "observe")
         if step >= config.steps:
@@ -234,7 +239,8 @@ class _Run:
             if lockstep or log or evaluate or save or stopped:
                 self._settle(*pending)
                 pending = None
-            save = last or (save and not self.skipped)  # a run that goes wrong keeps what was before
+            due = due or save
+            save = last or (due and not self.skipped)  # a run that goes wrong keeps what was before
             if log and self.log:
                 extra: dict[str, float] = {}
                 if hasattr(self.batches, "observe"):
@@ -248,6 +254,7 @@ class _Run:
                 stopped = stopped or "callback"
             if save or stopped:
                 self._save(step)
+                due = False
             if stopped:
                 break
         if step == config.steps:
@@ -312,17 +319,14 @@ class _Run:
         """Tells curriculum and callback of a step; whether the callback wants to stop."""
         if hasattr(self.batches, "observe"):
             self.batches.observe(self.metrics)
-        return bool(self.callback and self.callback(step, self.metrics, self.state))
+        return bool(share(bool(self.callback and self.callback(step, self.metrics, self.state))))
 
     def _evaluate(self, step: int) -> None:
         """Measures the validation split, always on the same batches and from fresh rows."""
         assert self.validation is not None
         self.throughput.interrupt()
         self.validation.set_state(self.validation_start)
-        stream = None
-        if self.config.stream:
-            begin = functools.partial(self.model.init_state, self.config.data.batch_size)
-            stream = jax.jit(begin, out_shardings=self.places.stream)()
+        stream = self.begin_stream() if self.config.stream else None
         total: dict[str, float] = {}
         for _ in range(self.config.eval_steps):
             batch = shard_batch(self.config, self.mesh, next(self.validation))

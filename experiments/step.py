@@ -78,7 +78,7 @@ def shard_batch(config: TrainConfig, mesh: Mesh, batch: Mapping[str, Any]) -> di
         sharding = NamedSharding(mesh, fit(spec, leaf.shape, mesh))
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
-    return {name: place(leaf) for name, leaf in batch.items()}
+    return {name: place(leaf) for name, leaf in batch.items()} if mesh.size > 1 else dict(batch)
 
 
 def everywhere(mesh: Mesh, value: int) -> Array:
@@ -155,7 +155,7 @@ def _join(tree: Any) -> Any:
 
     def join(leaf: Array, axis: int) -> Array:
         parts = jnp.moveaxis(leaf, 0, axis + 1)
-        return parts.reshape(*parts.shape[:axis], -1, *parts.shape[axis + 2 :])
+        return parts.reshape(*leaf.shape[1 : axis + 1], leaf.shape[axis + 1] * leaf.shape[0], *leaf.shape[axis + 2 :])
 
     return jax.tree.map(join, tree, _batch_axes(tree))
 
@@ -181,7 +181,7 @@ def make_train_step(
         are float32 scalars: those of `means` before the update, `grad_norm` before clipping, the same per
         group of parameters (`grad_norm/fam_prompt` and so on, so that a memory without a gradient shows),
         `param_norm` after the update, `learning_rate`, and `skipped`: 1 if one of CHECKED is not finite, so that
-        the step is left out and nothing but its number is new.
+        the step is left out: parameters and moments stay, and the rows of a stream begin documents.
     """
 
     def loss_fn(params: Any, state: TrainState, batch: Mapping[str, Array], weight: Array, key: Array) -> Any:
@@ -207,13 +207,16 @@ def make_train_step(
             found, (sums, stream, rsp) = gradient(
                 dataclasses.replace(state, stream=stream), rows, weight, jax.random.fold_in(key, number)
             )
-            return jax.tree.map(jnp.add, total, (found, sums)), (stream, rsp)
+            return jax.tree.map(lambda total, one: total + one.astype(total.dtype), total, (found, sums)), (stream, rsp)
 
         rows, stream = _split(dict(batch), count), _split(state.stream, count)
         part = jax.tree.map(lambda leaf: leaf[0], (rows, stream))
         shapes = jax.eval_shape(lambda: gradient(dataclasses.replace(state, stream=part[1]), part[0], weight, key))
-        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[0], shapes[1][0]))
+        nothing = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), (shapes[0], shapes[1][0])
+        )
         (grads, sums), (stream, rsp) = jax.lax.scan(step, nothing, (jnp.arange(count), rows, stream))
+        grads = jax.tree.map(lambda total, param: total.astype(param.dtype), grads, state.params)
         return grads, (sums, _join(stream), jax.tree.map(lambda leaf: leaf[0], rsp))  # row 0 is in the first part
 
     def train_step(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, dict[str, Array]]:
@@ -238,9 +241,24 @@ def make_train_step(
         metrics["skipped"] = ~good
         if stop is not None:
             metrics["stop"] = jnp.max(stop)
-        made = dataclasses.replace(state, params=params, opt_state=opt_state, stream=stream, rsp=rsp)
-        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), made, state)
-        new_state = dataclasses.replace(kept, step=state.step + 1)
+
+        def keep(new: Array, old: Array) -> Array:
+            count = jnp.issubdtype(new.dtype, jnp.integer)  # the optimiser's, of which the learning rate is a function
+            return new if count else jnp.where(good, new, old)
+
+        new_state = TrainState(
+            step=state.step + 1,
+            params=jax.tree.map(keep, params, state.params),
+            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+            key=state.key,
+            stream=stream,
+            rsp=jax.tree.map(keep, rsp, state.rsp),
+        )
+        if stream is not None:
+            # The rows have read on, and may have begun other documents: what they remember is not of these.
+            begun = model.init_state(len(batch["tokens"]))
+            stream = jax.tree.map(lambda new, fresh: jnp.where(good, new, fresh), stream, begun)
+            new_state = dataclasses.replace(new_state, stream=stream)
         return new_state, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=None if places is None else (places, None))

@@ -95,7 +95,7 @@ def _train(config: TrainConfig, fresh: bool, given: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 or not distributed.is_loss(error):
             raise
         distributed.warn_lost(error)
         return LOST_STATUS

@@ -5,6 +5,7 @@ logits again. Memory is that of one block, whatever the vocabulary; where the em
 block of it is gathered once.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -32,7 +33,6 @@ class TokenLosses(NamedTuple):
     hit: Array
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def token_losses(
     x: Array, table: Array, targets: Array, block: int = VOCAB_BLOCK, rules: ShardingRules = FSDP_TP
 ) -> TokenLosses:
@@ -45,6 +45,17 @@ def token_losses(
         block: Most logits of a token at once.
         rules: How `table` and `x` are spread over a mesh, if there is one.
     """
+    if len(table) > block:
+        return _in_blocks(x, table, targets, block, rules)
+    logits, _ = _logits(x, table[:, None], len(table), 0, rules)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    wanted = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return TokenLosses(log_z - wanted, log_z, jnp.argmax(logits, axis=-1) == targets)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _in_blocks(x: Array, table: Array, targets: Array, block: int, rules: ShardingRules) -> TokenLosses:
+    """`token_losses` block after block; has gradients, but no forward-mode derivatives."""
     return _forward(x, table, targets, block, rules)[0]
 
 
@@ -52,13 +63,14 @@ def _blocks(table: Array, block: int) -> tuple[Array, int]:
     """The table as [size, n, d], and n. Block j has rows j, n + j, 2n + j, ...: of every device's share some."""
     rows = table.shape[0]
     count = -(-rows // block)
-    size = -(-rows // count)
+    unit = math.gcd(block, 128)  # so that devices can share a block
+    size = -(-rows // (count * unit)) * unit
     if count * size > rows:
         table = jnp.pad(table, ((0, count * size - rows), (0, 0)))
     return table.reshape(size, count, -1), count
 
 
-def _logits(x: Array, table: Array, rows: int, number: Array, rules: ShardingRules) -> tuple[Array, Array]:
+def _logits(x: Array, table: Array, rows: int, number: Array | int, rules: ShardingRules) -> tuple[Array, Array]:
     """Logits [b, t, size] of block `number`, and its part of the table [size, d]."""
     dtype = accumulation_dtype(x.dtype)
     part = jax.lax.dynamic_index_in_dim(table, number, axis=1, keepdims=False)
@@ -114,4 +126,4 @@ def _backward(block, rules, saved, cotangents):
     return d_x.astype(x.dtype), d_blocks.reshape(-1, table.shape[1])[: len(table)], None
 
 
-token_losses.defvjp(_forward, _backward)
+_in_blocks.defvjp(_forward, _backward)

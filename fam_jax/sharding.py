@@ -219,6 +219,10 @@ def constrain(rules: ShardingRules, x: Array, *axes: str | None) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
+    if AxisType.Explicit in mesh.axis_types:
+        raise ValueError(
+            "the mesh has axes of type Explicit, which the model does not support; make it with fam_jax.make_mesh"
+        )
     spec = rules.spec(*[None] * (x.ndim - len(axes)), *axes)
     return jax.lax.with_sharding_constraint(x, fit(spec, x.shape, mesh))
 
@@ -274,7 +278,7 @@ def tree_shardings(rules: ShardingRules, mesh: Mesh, tree: Any, params: Any = No
         mesh: The mesh.
         tree: Arrays or shapes: parameters; states that name their axes (`logical_axes`); anything with parts that look
             like the parameters, as an optimiser's state has. Everything else is on all devices.
-        params: The parameters, or their shapes, if the tree has parts that look like them.
+        params: The parameters, or their shapes, if the tree is not they.
 
     Returns:
         A tree of `NamedSharding`.
@@ -282,6 +286,7 @@ def tree_shardings(rules: ShardingRules, mesh: Mesh, tree: Any, params: Any = No
     Raises:
         ValueError: A parameter is not in the table of logical axes.
     """
+    params = tree if params is None else params
     known = {tuple(_names(path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
     def place(leaf: Any, axes: Sequence[str | None]) -> NamedSharding:

@@ -4,6 +4,7 @@ XLA_FLAGS=--xla_force_host_platform_device_count=8 pytest tests/eight_devices.py
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,10 @@ import numpy as np
 import optax
 import pytest
 
-from fam_jax import Decoder, DecoderConfig, MemoryConfig, MeshConfig, RSPState, make_mesh, tree_shardings
+from experiments.config import TrainConfig
+from experiments.data import TextData
+from experiments.step import create_state, make_train_step, shard, shard_batch
+from fam_jax import Decoder, DecoderConfig, MemoryConfig, MeshConfig, RSPState, embedding, make_mesh, tree_shardings
 from fam_jax.sharding import PRESETS
 from lime_jax import HyperConnectionsConfig, LimeConfig
 
@@ -60,9 +64,8 @@ def run(config, mesh=None):
 
     def loss(params, stream, rsp, tokens, reset, key):
         kwargs = {"state": stream, "reset": reset, "rsp": rsp, "key": key, "aligned": True} if stream else {}
-        out = model.apply({"params": params}, tokens[:, :-1], **kwargs)
-        nll = optax.softmax_cross_entropy_with_integer_labels(out.logits, tokens[:, 1:])
-        return nll.mean(), (out.state if stream else None, out.rsp)
+        out = model.apply({"params": params}, tokens[:, :-1], targets=tokens[:, 1:], **kwargs)
+        return out.losses.nll.mean(), (out.state if stream else None, out.rsp)
 
     def step(params, stream, rsp, tokens, reset, key):
         (value, (stream, rsp)), grads = jax.value_and_grad(loss, has_aux=True)(params, stream, rsp, tokens, reset, key)
@@ -83,6 +86,14 @@ def run(config, mesh=None):
         losses.append(float(value))
         first = grads if first is None else first
     return state, losses, first
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks():
+    """The vocabulary of 64 in four blocks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedding, "VOCAB_BLOCK", 16)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +139,32 @@ def test_sharded_is_single(name, layout, alone):
     assert_close(grads, wanted_grads)
     np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5)
     assert_close(state, wanted_state)
+
+
+@pytest.mark.parametrize("layout", ["fsdp", pytest.param("dp x fsdp_tp", marks=pytest.mark.slow)])
+def test_parts_of_a_batch_on_several_devices(layout):
+    """Metrics, the stream and the moments of two steps in parts, against one device and the whole batch."""
+    data = TextData(mode="stream", batch_size=16, length=32, block_size=8)
+    rules, shape = MESHES[layout]
+    model = dataclasses.replace(MODELS["FAM"], vocab_size=256, sharding=PRESETS[rules])
+    found = []
+    for mesh, parts in ((make_mesh(MeshConfig(), jax.devices()[:1]), 1), (make_mesh(shape), 2)):
+        config = TrainConfig("parts", model, data, steps=2, accumulate=parts)
+        decoder, optimizer = Decoder(model), optax.adam(1e-2)
+        create = functools.partial(create_state, config, decoder, optimizer)
+        rng = np.random.default_rng(0)
+        with jax.set_mesh(mesh):
+            places = jax.tree.map(lambda leaf: leaf.sharding, shard(config, mesh, jax.eval_shape(create)))
+            state = jax.jit(create, out_shardings=places)()
+            step = make_train_step(config, decoder, optimizer, lambda step: 0.1, places)
+            for _ in range(2):
+                ids = rng.integers(0, 256, (16, 33))
+                weights = rng.random((16, 32)).astype(np.float32)
+                batch = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "weights": weights}
+                batch |= {"reset": np.zeros((16, 4), bool), "padded": np.zeros((16, 4), bool)}
+                state, metrics = step(state, shard_batch(config, mesh, batch))
+        found.append((metrics, (state.stream, state.opt_state)))
+    (metrics, memory), (other_metrics, other_memory) = found
+    assert_close(other_metrics, metrics)
+    for a, b in zip(jax.tree.leaves(other_memory), jax.tree.leaves(memory), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fam_jax import Decoder, presets
-from fam_jax.loss import TokenLosses, token_losses
+from fam_jax.loss import VOCAB_BLOCK, TokenLosses, _blocks, token_losses
 
 
 def over_all(x, table, targets):
@@ -44,6 +44,15 @@ def test_values_and_gradients(vocab, block):
         expected = jax.grad(lambda x, t: pulled(over_all(x, t, targets)), argnums=(0, 1))(x, table)
         for a, b in zip(gradient, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("vocab", [8193, 49_152, 50_304, 151_936, 256_000])
+def test_devices_can_share_a_block(vocab):
+    table = jax.eval_shape(lambda: _blocks(jnp.zeros((vocab, 1)), VOCAB_BLOCK)[0])
+    size, count, _ = table.shape
+    assert size % 128 == 0
+    assert size <= VOCAB_BLOCK
+    assert vocab <= size * count < vocab + 128 * count
 
 
 def test_of_equal_logits_the_first_is_hit():

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +15,7 @@ import pytest
 from train_helpers import ROOT, environment, metric_rows, restore, tiny
 
 from experiments import distributed
+from experiments.optim import OptimConfig
 from experiments.train import main, train
 from experiments.typed import to_json
 
@@ -40,7 +43,7 @@ def tiny_job(tmp_path, name="job", **changes):
 class Job:
     """Processes of one job, each with some devices; `configs` has one config for all, or one for each."""
 
-    def __init__(self, folder, configs, count=2, devices=1, options=()):
+    def __init__(self, folder, configs, count=2, devices=1, options=(), folders=None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -55,8 +58,8 @@ class Job:
                 self.processes.append(
                     subprocess.Popen(
                         command,
-                        cwd=ROOT,
-                        env=environment() | {"JAX_NUM_CPU_DEVICES": str(devices)},
+                        cwd=folders[number] if folders else ROOT,
+                        env=environment() | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)},
                         stdout=log,
                         stderr=subprocess.STDOUT,
                     )
@@ -141,7 +144,7 @@ def test_a_process_that_is_killed_ends_the_others(tmp_path, victim):
     assert time.monotonic() - start < 60
     assert codes[victim] == -signal.SIGKILL
     assert codes[1 - victim] in (-signal.SIGABRT, distributed.LOST_STATUS)
-    assert "check" in job.text(1 - victim).lower()
+    assert re.search("lost the others|unhealthy|Socket closed|leader", job.text(1 - victim))
 
 
 def test_a_process_whose_others_do_not_come(tmp_path):
@@ -150,12 +153,40 @@ def test_a_process_whose_others_do_not_come(tmp_path):
     assert "error: process 0 of 2 could not meet the others at 127.0.0.1:" in job.text()
 
 
-def test_processes_with_other_data(tmp_path):
+def test_processes_with_other_settings(tmp_path):
     config = tiny_job(tmp_path)
-    other = dataclasses.replace(config, data=dataclasses.replace(config.data, seed=5))
-    job = Job(tmp_path, [config, other])
+    job = Job(tmp_path, [config, dataclasses.replace(config, optim=OptimConfig(learning_rate=0.5))])
+    assert job.wait() == [1, 1], job.text()
+    for number in range(2):
+        message = "error: process 1 has other settings than process 0: check that all have the same code"
+        assert message in job.text(number)
+
+
+def test_processes_with_other_text(tmp_path):
+    """The same settings, but each process sees another disk."""
+    config = tiny_job(tmp_path)
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        shutil.copytree(tmp_path / "text", folder / "text")
+        (folder / "text" / "00.txt").write_text("other words " * (20 + number))
+    data = dataclasses.replace(config.data, source="text:text", data_dir="data")
+    job = Job(tmp_path, dataclasses.replace(config, data=data), folders=folders)
     assert job.wait() == [1, 1], job.text()
     assert "error: process 1 has other data than process 0: check that all have the same code" in job.text()
+
+
+@pytest.mark.parametrize(
+    ("text", "loss"),
+    [
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes", False),
+        ("INVALID_ARGUMENT: shapes", False),
+        ("UNAVAILABLE: Connection reset by peer", True),
+        ("FAILED_PRECONDITION: [external/gloo/transport/tcp/pair.cc] Connection closed by peer", True),
+    ],
+)
+def test_which_errors_mean_that_a_process_was_lost(text, loss):
+    assert distributed.is_loss(RuntimeError(text)) == loss
 
 
 def test_what_fails_at_the_main_process_fails_at_all(tmp_path):
