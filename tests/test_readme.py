@@ -16,6 +16,18 @@ def test_the_example_runs_as_shown(capsys):
     assert capsys.readouterr().out == "(2, 8)\n2\n"
 
 
+def test_the_page_on_lime_runs_as_shown(capsys):
+    page = (ROOT / "experiments" / "docs" / "lime.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    exec(compile(code, "lime.md", "exec"), {})
+    assert capsys.readouterr().out == "36\n"
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", page):
+        assert (ROOT / "experiments" / "docs" / picture).is_file(), picture
+    for command in re.findall(r"python -m experiments\.train (--config [^`#\n]+)", page):
+        name, *overrides = shlex.split(command)[1:]
+        parse_config(name, overrides)
+
+
 def test_modules_files_and_pictures_that_it_names_exist():
     for module in set(re.findall(r"python -m (experiments\.\w+)", README)):
         path = ROOT / module.replace(".", "/")
