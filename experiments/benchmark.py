@@ -40,6 +40,7 @@ ARMS: dict[str, MixingConfig | None] = {
     "static_kv, write_once": LimeConfig(backward="write_once"),
     "static_kv, rebuild": LimeConfig(backward="rebuild"),
     "dynamic_kv": LimeConfig("dynamic_kv"),
+    "average": LimeConfig("average"),
     "static_hidden": LimeConfig("static_hidden"),
     "dynamic_hidden": LimeConfig("dynamic_hidden"),
     "dynamic_views": LimeConfig("dynamic_views"),
