@@ -68,6 +68,7 @@ BAD_DECODER = [
     ("param_dtype", "complex64"),
     ("remat", "yes"),
     ("scan_layers", "yes"),
+    ("sharding", "fsdp"),
 ]
 
 

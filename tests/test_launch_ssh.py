@@ -102,7 +102,13 @@ def test_interrupted_by_the_user(fakes, tmp_path):
     words = ["ssh", "--hosts", "a", "--logs", str(tmp_path / "logs"), "--", *RUN]
     root = Path(__file__).resolve().parent.parent
     command = [sys.executable, "-m", "experiments.launch", *words]
-    process = subprocess.Popen(command, env=dict(os.environ, PYTHONPATH=str(root)), start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        env=dict(os.environ, PYTHONPATH=str(root)),
+        start_new_session=True,
+        # Where the tests run in the background, a shell has made their children ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not (fakes.folder / "up").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
