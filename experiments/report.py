@@ -80,6 +80,7 @@ KINDS = {
         "rank", "weight", "rank of the token", "router weight", False, None, 3, heat=True, text="token"
     ),
     "pruning": Kind("p", "loss", "share of each head's weight kept", "loss in nats per token", False, None, 4),
+    "aot": Kind("microbatch", "peak_gib", "rows at once", "peak memory of a chip in GiB", False, None, 2),
     "training": Kind("step", "loss", "training step", "loss in nats per token", False, None, 3),
 }
 

@@ -1,0 +1,92 @@
+"""Compiling a training step for a real TPU topology, at a size that compiles in seconds."""
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+from train_helpers import ROOT
+
+from experiments import aot, results
+from fam_jax import MeshConfig
+
+TINY = aot.Options(preset="tiny", topology="v5e:2x2", batch=8, length=64)
+
+
+def compiled(folder, *options):
+    """The curve of a tiny model's step, and its table of collectives."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip('compiling for a TPU needs libtpu: pip install -e ".[tpu]"')
+    command = [sys.executable, "-m", "experiments.aot", "--preset", "tiny", "--topology", "v5e:2x2", "--batch", "8"]
+    command += ["--length", "64", "--output", str(folder), *options]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = folder.glob("*.json")
+    values = results.read(file).values
+    return values["curves"][0], values["collectives"]
+
+
+@pytest.mark.parametrize("options", [(), ("--microbatch", "4")])
+def test_the_fam_scan_moves_no_weights(tmp_path, options):
+    curve, collectives = compiled(tmp_path, *options)
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in collectives.splitlines()]
+    scans = [dict(zip(header, row, strict=True)) for row in rows if "fam_scan" in row[0]]
+    assert scans
+    for scan in scans:
+        for kind in ("all-gather", "reduce-scatter", "collective-permute", "all-to-all"):
+            assert not scan.get(kind), (kind, collectives)
+    assert any(dict(zip(header, row, strict=True)).get("all-gather") for row in rows)  # but elsewhere they are gathered
+    assert curve["peak_gib"][0] < 0.9 * curve["usable_gib"][0]
+    assert curve["devices"] == [4]
+    if not options:
+        assert curve["flops"] == curve["flops_formula"]  # nothing is recomputed at this size
+
+
+def test_with_lime(tmp_path):
+    curve, collectives = compiled(tmp_path, "--lime")
+    assert curve["peak_gib"][0] < 0.9 * curve["usable_gib"][0]
+    assert curve["flops_formula"] == [None]
+    assert "fam_scan" in collectives
+
+
+def test_bswa_counts_less(tmp_path):
+    fam, _ = compiled(tmp_path / "fam")
+    bswa, collectives = compiled(tmp_path / "bswa", "--memory", "bswa")
+    assert bswa["flops"][0] < fam["flops"][0]
+    assert "fam_scan" not in collectives
+
+
+def test_the_run_that_is_compiled():
+    config = aot.train_config(
+        dataclasses.replace(TINY, preset="palm_24b", microbatch=2, length=8192, mesh="fsdp=-1,tensor=4")
+    )
+    assert config.model.num_layers == 56
+    assert config.accumulate == 4
+    assert config.mesh == MeshConfig(fsdp=-1, tensor=4)
+    assert aot.train_config(dataclasses.replace(TINY, memory="full")).model.memory is None
+    assert aot.train_config(dataclasses.replace(TINY, memory="bswa")).model.fam_length == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"preset": "palm_2b"}, "preset='palm_2b' is not known; there are .*palm_1b"),
+        ({"mesh": "fsdp"}, "mesh='fsdp' is not allowed; give AXIS=SIZE,... with the axes data, fsdp"),
+        ({"mesh": "rows=2"}, "mesh='rows=2' is not allowed"),
+        ({"microbatch": 3}, "microbatch=3 is not allowed; it must divide batch=8"),
+    ],
+)
+def test_wrong_options(change, message):
+    with pytest.raises(ValueError, match=message):
+        aot.train_config(dataclasses.replace(TINY, **change))
+
+
+def test_an_unknown_topology():
+    if importlib.util.find_spec("libtpu") is None:
+        with pytest.raises(ValueError, match=r"pip install -e '.\[tpu\]'"):
+            aot.tpu_devices("v5e:2x2")
+    else:
+        with pytest.raises(ValueError, match="topology='v9:2x2' is not known to the compiler"):
+            aot.tpu_devices("v9:2x2")
