@@ -49,8 +49,6 @@ from fam_jax import Decoder, make_mesh
 from fam_jax.sharding import table
 
 Callback = Callable[[int, dict[str, float], TrainState], bool | None]
-
-
 SKIPPED_IN_A_ROW = 10  # steps whose loss or gradient is not finite, before a run is given up
 
 
@@ -319,7 +317,7 @@ class _Run:
         """Tells curriculum and callback of a step; whether the callback wants to stop."""
         if hasattr(self.batches, "observe"):
             self.batches.observe(self.metrics)
-        return bool(share(bool(self.callback and self.callback(step, self.metrics, self.state))))
+        return self.callback is not None and share(bool(self.callback(step, self.metrics, self.state)))
 
     def _evaluate(self, step: int) -> None:
         """Measures the validation split, always on the same batches and from fresh rows."""
