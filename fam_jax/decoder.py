@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,6 +20,7 @@ from fam_jax.layer import layer
 from fam_jax.loss import TokenLosses
 from fam_jax.ops import accumulation_dtype
 from fam_jax.plan import Plan, make_plan
+from fam_jax.sequence import check_sequence, over_blocks
 from fam_jax.sharding import constrain
 from fam_jax.state import LayerMemory, RSPState, StreamState
 from fam_jax.sublayers import LayerParams, cast
@@ -121,9 +123,12 @@ class Decoder(nn.Module):
         layers = stack_layers(config, mixer, params, plan, key=key, rsp=rsp)
         x = embed_blocks(config, params, call.tokens, layout)
         # Windows shorter than a block are at most two: the block schedule's loop, which can skip one.
-        run = _layer_schedule if config.schedule == "layer" and plan.slot is None else _block_schedule
+        schedule = _layer_schedule if config.schedule == "layer" and plan.slot is None else _block_schedule
+        run = partial(schedule, config, mixer)
+        if check_sequence(config, time, len(plan.index)):
+            run = partial(over_blocks, run)
         final = params.get("mixing", {}).get("final", {})
-        x, memory, kept = run(config, mixer, layers, final, x, call.state.layers, plan)
+        x, memory, kept = run(layers, final, x, call.state.layers, plan)
 
         x = x.reshape(batch, -1, config.d_model)
         x = x[:, :time] if layout.target is None else jnp.take_along_axis(x, layout.target[:, :time, None], axis=1)
@@ -391,5 +396,5 @@ def _climb_all(config: DecoderConfig, mixer: Mixer, params: LayerParams, prompt:
 def _store(rsp: RSPState, kept: Array, plan: Plan) -> RSPState:
     """The stored state after the call: row 0's last complete block, if there was one."""
     found = jnp.any(plan.store)
-    fam = jnp.where(found, jax.lax.stop_gradient(kept).astype(rsp.fam.dtype), rsp.fam)
+    fam = jnp.where(found, kept.astype(rsp.fam.dtype), rsp.fam)
     return RSPState(fam=fam, valid=rsp.valid | found)

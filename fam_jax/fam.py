@@ -11,13 +11,14 @@ additions of ours, off by default, let a memory last: a limit to the size of F[n
 training (`noise`).
 """
 
-import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fam_jax import sequence
 from fam_jax.config import DecoderConfig, MemoryConfig
 from fam_jax.ops import Source, accumulation_dtype, attend, rotate
 from fam_jax.plan import Plan
@@ -172,13 +173,14 @@ def scan_blocks(
     memory = config.memory
     assert memory is not None
 
-    def step(carry, block_n):
+    def step(operands, carry, block_n):
+        params, inputs, depth = operands
         fam, kept = carry
         k, v, index, complete, fresh, passed, position, store, bank, pushed = block_n
         if inputs.stored is not None:
             fam = jnp.where(passed[:, None, None], inputs.stored, fam)
         entering = jnp.where(fresh[:, None, None], inputs.prompt, fam)
-        here = dataclasses.replace(depth, bank=bank, pushed=pushed)
+        here = Depth(bank, *depth, (), pushed)
         q, fam_k, fam_v, here = project(config, mixer, params, entering, here)
         own = Source(rotate(fam_k, key_positions(memory, position, fresh), config.rope_base), fam_v)
 
@@ -192,22 +194,27 @@ def scan_blocks(
         new = jax.lax.cond(jnp.any(complete), compress, lambda: fam) if skip_incomplete else compress()
         # Were the carry laid out otherwise than it came in, every block would move it.
         fam = constrain(config.sharding, jnp.where(complete[:, None, None], new, fam), "batch", None, None)
-        kept = jnp.where(store, fam[0], kept)
+        kept = jnp.where(store, jax.lax.stop_gradient(fam), kept)
         slots = (*here.own, *[entering] * (mixer.per_layer - len(here.own)))
         return (fam, kept), (own.k, own.v, slots)
 
-    if config.remat:
-        step = jax.checkpoint(step, prevent_cse=False)
+    def scan(fam, operands):
+        *shared, xs = operands
+        over = partial(step, shared)
+        if config.remat:
+            over = jax.checkpoint(over, prevent_cse=False)
+        with jax.named_scope("fam_scan"):  # by which the loop is found in a compiled program
+            (fam, kept), out = jax.lax.scan(over, (fam, jnp.zeros_like(fam)), xs)
+        return fam, (kept, out)
+
     over_blocks = (block.k, block.v, plan.complete, plan.fresh, plan.passed, plan.position, depth.pushed)
     k, v, complete, fresh, passed, position, pushed = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), over_blocks)
     bank = None if depth.bank is None else jnp.moveaxis(depth.bank, 2, 0)
     fam = constrain(config.sharding, fam, "batch", None, None)
-    carry = (fam, jnp.zeros(fam.shape[1:], fam.dtype))
     xs = (k, v, plan.index, complete, fresh, passed, position, plan.store, bank, pushed)
-    with jax.named_scope("fam_scan"):  # by which the loop is found in a compiled program
-        (fam, kept), out = jax.lax.scan(step, carry, xs)
+    fam, (kept, out) = sequence.pass_along(scan, fam, (params, inputs, (depth.live, depth.layer), xs))
     fam_k, fam_v, slots = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), out)
-    return fam, Source(fam_k, fam_v), kept, slots
+    return sequence.from_last(fam), Source(fam_k, fam_v), sequence.total(kept[0]), slots
 
 
 def climb(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from fam_jax import sequence
 from fam_jax.config import DecoderConfig
 from fam_jax.fam import FamInputs, scan_blocks
 from fam_jax.ops import Source, attend, rotate
@@ -67,8 +68,8 @@ def layer(
         seen &= query_slots[..., None] - slots < config.memory.window
     own = Source(rotate(k, start + slots, config.rope_base), v, seen)
 
-    all_k = jnp.concatenate([memory.segment_k, k], axis=1)
-    all_v = jnp.concatenate([memory.segment_v, v], axis=1)
+    all_k = jnp.concatenate([sequence.before(memory.segment_k, k), k], axis=1)
+    all_v = jnp.concatenate([sequence.before(memory.segment_v, v), v], axis=1)
     sources = [own]
     for back in range(1, config.segments + 1):
         first = config.segments - back
@@ -95,7 +96,7 @@ def layer(
     carry, depth = finish(config, mixer, params, x, add, attend(q, sources), depth)
     carry = constrain(rules, carry, "batch", "block", None, None)
 
-    done = jnp.sum(plan.complete, axis=1)
+    done = sequence.total(jnp.sum(plan.complete, axis=1))
     segment_k, open_k = _advance(all_k, done, config.segments)
     segment_v, open_v = _advance(all_v, done, config.segments)
     remembered = LayerMemory(segment_k, segment_v, open_k, open_v, fam)
@@ -137,14 +138,17 @@ def _advance(blocks: Array, done: Array, segments: int) -> tuple[Array, Array]:
     """The segments and the open block once `done` blocks [b] are complete.
 
     Args:
-        blocks: The segments before the call and the blocks of the call: [b, m + n, c, g, k].
+        blocks: The segments before the blocks of this device, and these blocks: [b, m + n, c, g, k].
         done: Blocks that the call completed.
         segments: m.
 
     Returns:
         The last m complete blocks [b, m, c, g, k], and the one after them [b, c, g, k], zero if there is none.
     """
-    blocks = jnp.pad(blocks, ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0)))
-    wanted = done[:, None] + jnp.arange(segments + 1)
-    latest = jnp.take_along_axis(blocks, wanted[:, :, None, None, None], axis=1)
+    count = blocks.shape[1]
+    wanted = done[:, None] + jnp.arange(segments + 1) - sequence.number() * (count - segments)
+    # Of the segments before, only the first device's are not another device's blocks.
+    here = (wanted >= jnp.where(sequence.number() == 0, 0, segments)) & (wanted < count)
+    latest = jnp.take_along_axis(blocks, jnp.clip(wanted, 0, count - 1)[:, :, None, None, None], axis=1)
+    latest = sequence.total(jnp.where(here[:, :, None, None, None], latest, 0))
     return latest[:, :segments], latest[:, segments]

@@ -181,7 +181,7 @@ PRESETS = {
 def fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
     """A spec without the axes that do not divide their side of `shape`, as one head is not cut in two.
 
-    Axes of one device are left out, too.
+    Axes of one device are left out, too, and those over which a `jax.shard_map` has spread the array already.
 
     Args:
         spec: How an array should be spread.
@@ -198,6 +198,7 @@ def fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> PartitionSpec
             f"the mesh has the axes {', '.join(sizes)}, but not {missing[0]!r}, which the model's sharding rules name; "
             "make it with fam_jax.make_mesh, or give the rules its axes"
         )
+    sizes |= {axis: 1 for axis, kind in zip(sizes, mesh.axis_types, strict=True) if kind is AxisType.Manual}
     parts = []
     for side, part in zip(shape, wanted, strict=True):
         kept: tuple[str, ...] = ()

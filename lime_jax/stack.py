@@ -93,7 +93,7 @@ def _take(xs: Any, number: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[number], xs)
 
 
-def _split(tree: Any) -> tuple[list[Array], list[Any], Callable[[list, list], Any]]:
+def split_floating(tree: Any) -> tuple[list[Array], list[Any], Callable[[list, list], Any]]:
     """Leaves that have gradients, the others, and what puts them together again."""
     leaves, structure = jax.tree.flatten(tree)
     floating = [bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating)) for leaf in leaves]
@@ -171,7 +171,7 @@ def _unrolled(mixer, body, consts, carry, xs, banks, remat):
 def _write_once(mixer, body, consts, carry, xs, banks, rebuild):
     first, per = mixer.first, mixer.per_layer
     layers = _length(xs)
-    diff, rest, join = _split((consts, carry, xs, banks))
+    diff, rest, join = split_floating((consts, carry, xs, banks))
 
     def run(consts, carry, x, number, banks):
         depths = {name: Depth(bank, first + number * per, number) for name, bank in banks.items()}
@@ -221,8 +221,8 @@ def _write_once(mixer, body, consts, carry, xs, banks, rebuild):
             for name in rebuild:
                 rows = slots[name].reshape(layers * per, *slots[name].shape[2:])
                 banks[name] = jnp.concatenate([kept[name], rows])
-        diff_consts, rest_consts, join_consts = _split(consts)
-        diff_xs, rest_xs, join_xs = _split(xs)
+        diff_consts, rest_consts, join_consts = split_floating(consts)
+        diff_xs, rest_xs, join_xs = split_floating(xs)
 
         def step(state, x):
             d_carry, d_banks, d_consts = state

@@ -20,6 +20,7 @@ from fam_jax.sharding import PRESETS
 from lime_jax import HyperConnectionsConfig, LimeConfig
 
 STEPS = 5
+BLOCKS = 8
 MEMORY = MemoryConfig(block_size=8, segments=1, fam_length=2, rsp=0.8)
 PLAIN = DecoderConfig(
     vocab_size=64,
@@ -35,6 +36,9 @@ MODELS = {
     "full": dataclasses.replace(PLAIN, memory=None),
     "BSWA": PLAIN,
     "FAM": dataclasses.replace(PLAIN, memory=MEMORY),
+    "FAM, many segments": dataclasses.replace(
+        PLAIN, memory=dataclasses.replace(MEMORY, segments=3, positions="absolute", noise=0.1, rpo=True), qk_norm=True
+    ),
     "LIMe": dataclasses.replace(PLAIN, mixing=LimeConfig()),
     "FAM with LIMe": dataclasses.replace(PLAIN, memory=MEMORY, mixing=LimeConfig(), remat=True),
     "FAM, one key head, block schedule": dataclasses.replace(PLAIN, memory=MEMORY, num_kv_heads=1, schedule="block"),
@@ -46,6 +50,10 @@ MESHES = {
     "fsdp_tp": ("fsdp_tp", MeshConfig(tensor=2)),
     "dp x fsdp_tp": ("fsdp_tp", MeshConfig(data=2, fsdp=2, tensor=2)),
     "tensor 4": ("fsdp_tp", MeshConfig(tensor=4)),
+    "sequence": ("fsdp_tp", MeshConfig(fsdp=1, sequence=8)),
+    "dp x sequence": ("dp", MeshConfig(data=2, fsdp=1, sequence=4)),
+    "fsdp x sequence": ("fsdp", MeshConfig(sequence=2)),
+    "fsdp_tp x sequence": ("fsdp_tp", MeshConfig(tensor=2, sequence=2)),
 }
 
 
@@ -53,8 +61,8 @@ def run(config, mesh=None):
     """Gradients of the first step, the losses of five SGD steps, the last parameters and stream."""
     model = Decoder(config)
     rng = np.random.default_rng(0)
-    batches = rng.integers(0, config.vocab_size, (STEPS, 8, 33))
-    reset = rng.random((STEPS, 8, 4)) < 0.3
+    batches = rng.integers(0, config.vocab_size, (STEPS, 8, 8 * BLOCKS + 1))
+    reset = rng.random((STEPS, 8, BLOCKS)) < 0.3
     optimizer = optax.sgd(0.1)
 
     def create():
@@ -118,7 +126,13 @@ def assert_close(got, wanted):
         assert difference <= 1e-5, f"{jax.tree_util.keystr(path)}: {difference:.2g}"
 
 
-FAST = {("FAM with LIMe", "dp"), ("FAM with LIMe", "fsdp"), ("FAM with LIMe", "fsdp_tp"), ("BSWA", "fsdp_tp")}
+FAST = {
+    ("FAM with LIMe", "dp"),
+    ("FAM with LIMe", "fsdp"),
+    ("FAM with LIMe", "fsdp_tp x sequence"),
+    ("BSWA", "fsdp_tp"),
+    ("FAM, many segments", "sequence"),
+}
 
 
 @pytest.mark.parametrize(
@@ -127,6 +141,7 @@ FAST = {("FAM with LIMe", "dp"), ("FAM with LIMe", "fsdp"), ("FAM with LIMe", "f
         pytest.param(name, layout, marks=[] if (name, layout) in FAST else pytest.mark.slow)
         for name in MODELS
         for layout in MESHES
+        if "sequence" not in layout or not (name == "full" or MODELS[name].schedule == "block")
     ],
 )
 def test_sharded_is_single(name, layout, alone):
