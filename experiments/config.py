@@ -6,6 +6,8 @@ import dataclasses
 import re
 from pathlib import Path
 
+from jax.sharding import Mesh
+
 from experiments.data import TextData, load_tokenizer
 from experiments.data.arithmetic import ArithmeticData
 from experiments.data.passkey import PasskeyData
@@ -151,4 +153,29 @@ def check(config: TrainConfig) -> None:
             f"rows of {shortest} tokens hold no complete block of {memory.block_size} tokens "
             "(model.memory.block_size), so Random State Passing (model.memory.rsp) would have nothing to "
             "store; make the rows longer or set rsp to 0"
+        )
+
+
+def check_mesh(config: TrainConfig, mesh: Mesh) -> None:
+    """Checks that rows of the data can be spread over the mesh's `sequence` axis.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    size, memory, data = mesh.shape["sequence"], config.model.memory, config.data
+    if size == 1 or "sequence" not in config.model.sharding.block:
+        return
+    if isinstance(data, PasskeyData):
+        raise ValueError(
+            f"mesh.sequence={size} is not allowed with PassKey, whose rows grow by single blocks; set it to 1"
+        )
+    if memory is None or config.model.schedule == "block":
+        what = "full attention (model.memory=None)" if memory is None else "model.schedule='block'"
+        raise ValueError(
+            f"mesh.sequence={size} is not allowed with {what}, which has no blocks to spread; set mesh.sequence to 1"
+        )
+    if data.length % (size * memory.block_size):
+        raise ValueError(
+            f"data.length={data.length} is not allowed with mesh.sequence={size}: it must be a multiple of "
+            f"{size} x {memory.block_size} (model.memory.block_size) = {size * memory.block_size} tokens"
         )

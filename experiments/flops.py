@@ -158,6 +158,28 @@ def forward_flops(config: DecoderConfig, batch: int, length: int, *, useful: boo
     return layers + rows * _mixing(config, useful) + 2 * c.d_model * c.vocab_size * batch * length
 
 
+def idle_share(config: DecoderConfig, length: int, devices: int) -> float:
+    """Share of the time that devices along the text wait for the FAM, if all operations were equally fast.
+
+    With W operations of a row's tokens and F of its FAM, which is with one of D devices at a time, a device works for
+    (W + F) / D of W / D + F. On real devices the FAM's few rows are slower than that, so it is a lower bound.
+
+    Args:
+        config: The decoder's.
+        length: Tokens of a row.
+        devices: Devices along the text: `mesh.sequence`.
+    """
+    if not config.fam_length:
+        return 0.0
+    assert config.memory is not None
+    whole = forward_flops(config, 1, length)
+    c, rows = config, config.fam_length * -(-length // config.memory.block_size)
+    weights = 2 * c.d_model * c.head_dim * (c.num_heads + c.num_kv_heads) + 3 * c.d_model * c.d_ff
+    pairs = rows * (c.fam_length + config.memory.block_size)
+    fam = c.num_layers * (2 * weights * rows + 4 * c.num_heads * c.head_dim * pairs)
+    return 1 - whole / (whole + (devices - 1) * fam)
+
+
 def train_flops(config: DecoderConfig, batch: int, length: int, *, useful: bool = False) -> int:
     """Three times `forward_flops`: for each product, its gradient takes two more. Nothing is computed again."""
     return 3 * forward_flops(config, batch, length, useful=useful)

@@ -24,11 +24,12 @@ from tqdm import tqdm
 from experiments import results
 from experiments.checkpoint import Checkpoints
 from experiments.command import make_folder
-from experiments.config import TrainConfig, check
+from experiments.config import TrainConfig, check, check_mesh
 from experiments.data import Batches, TextData, load, manifest
-from experiments.data.passkey import PasskeyBatches
+from experiments.data.passkey import PasskeyBatches, PasskeyData
 from experiments.data.questions import QuestionBatches, QuestionData
 from experiments.distributed import check_same, is_main, on_main, share
+from experiments.flops import idle_share
 from experiments.metrics import MetricsLog, Throughput
 from experiments.optim import make_optimizer
 from experiments.process import BusyError, only_process, set_aside, stop_signals
@@ -122,6 +123,7 @@ class _Run:
         self.config, self.progress, self.callback = config, progress, callback
         check_same("settings", [to_json(config), fresh])
         self.mesh = make_mesh(config.mesh)
+        check_mesh(config, self.mesh)
         stack.enter_context(jax.set_mesh(self.mesh))
         self.model = Decoder(config.model)
         optimizer, schedule = make_optimizer(config.optim, config.steps)
@@ -199,6 +201,10 @@ class _Run:
                     f"multiple of the {rows} devices that rows are spread over, so that some do the same work; change "
                     "one of them, or mesh.data and mesh.fsdp"
                 )
+        along = self.mesh.shape["sequence"]
+        if along > 1 and config.model.fam_length and not isinstance(config.data, PasskeyData):
+            idle = idle_share(config.model, config.data.length, along)
+            say(f"the FAM is with one of {along} devices at a time: they are idle for at least {idle:.1%} of a step")
         say(f"files: {config.directory.resolve()} (checkpoints/, metrics.jsonl, tensorboard/, run.json)")
         if restored is None:
             say(f"a new run of {config.steps:,} steps")

@@ -119,16 +119,15 @@ class Decoder(nn.Module):
             state_lib.check_rsp(config, rsp)
 
         plan, layout = make_plan(config, call, key=key, rsp_valid=None if rsp is None else rsp.valid)
+        spread = check_sequence(config, time, len(plan.index))
         mixer = make_mixer(config.mixing, shape_of(config))
         layers = stack_layers(config, mixer, params, plan, key=key, rsp=rsp)
         x = embed_blocks(config, params, call.tokens, layout)
         # Windows shorter than a block are at most two: the block schedule's loop, which can skip one.
         schedule = _layer_schedule if config.schedule == "layer" and plan.slot is None else _block_schedule
-        run = partial(schedule, config, mixer)
-        if check_sequence(config, time, len(plan.index)):
-            run = partial(over_blocks, run)
+        run = partial(over_blocks, schedule) if spread else schedule
         final = params.get("mixing", {}).get("final", {})
-        x, memory, kept = run(layers, final, x, call.state.layers, plan)
+        x, memory, kept = run(config, mixer, layers, final, x, call.state.layers, plan)
 
         x = x.reshape(batch, -1, config.d_model)
         x = x[:, :time] if layout.target is None else jnp.take_along_axis(x, layout.target[:, :time, None], axis=1)

@@ -12,7 +12,7 @@ training (`noise`).
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -174,13 +174,13 @@ def scan_blocks(
     assert memory is not None
 
     def step(operands, carry, block_n):
-        params, inputs, depth = operands
+        params, inputs, (live, number) = operands
         fam, kept = carry
         k, v, index, complete, fresh, passed, position, store, bank, pushed = block_n
         if inputs.stored is not None:
             fam = jnp.where(passed[:, None, None], inputs.stored, fam)
         entering = jnp.where(fresh[:, None, None], inputs.prompt, fam)
-        here = Depth(bank, *depth, (), pushed)
+        here = Depth(bank, live, number, (), pushed)
         q, fam_k, fam_v, here = project(config, mixer, params, entering, here)
         own = Source(rotate(fam_k, key_positions(memory, position, fresh), config.rope_base), fam_v)
 
@@ -200,11 +200,11 @@ def scan_blocks(
 
     def scan(fam, operands):
         *shared, xs = operands
-        over = partial(step, shared)
+        one: Any = partial(step, shared)
         if config.remat:
-            over = jax.checkpoint(over, prevent_cse=False)
+            one = jax.checkpoint(one, prevent_cse=False)
         with jax.named_scope("fam_scan"):  # by which the loop is found in a compiled program
-            (fam, kept), out = jax.lax.scan(over, (fam, jnp.zeros_like(fam)), xs)
+            (fam, kept), out = jax.lax.scan(one, (fam, jnp.zeros_like(fam)), xs)
         return fam, (kept, out)
 
     over_blocks = (block.k, block.v, plan.complete, plan.fresh, plan.passed, plan.position, depth.pushed)

@@ -24,6 +24,8 @@ from jax.sharding import AxisType, PartitionSpec
 
 from fam_jax.config import DecoderConfig
 from fam_jax.plan import Plan
+from fam_jax.state import LayerMemory
+from lime_jax import Mixer
 from lime_jax.stack import split_floating
 
 AXIS = "sequence"
@@ -66,13 +68,25 @@ def check_sequence(config: DecoderConfig, time: int, windows: int) -> bool:
     return True
 
 
-def over_blocks(run: Callable[..., Any], layers: Any, final: Any, x: Array, memory: Any, plan: Plan) -> Any:
+def over_blocks(
+    run: Callable[..., Any],
+    config: DecoderConfig,
+    mixer: Mixer,
+    layers: Any,
+    final: Any,
+    x: Array,
+    memory: LayerMemory,
+    plan: Plan,
+) -> tuple[Array, LayerMemory, Array]:
     """`run` on every device with its blocks of `x` [b, n, ...] and of the plan, and with all of the rest.
 
     Args:
-        run: (layers, final, x, memory, plan) -> (x, memory, kept), of which memory and kept are the same everywhere.
-        layers: As `run` takes it.
-        final: As `run` takes it.
+        run: The layer schedule: takes the arguments that follow, and returns (x, memory, kept), of which memory and
+            kept are the same everywhere.
+        config: The decoder's.
+        mixer: The layer mixer.
+        layers: Stacked over layers.
+        final: What the mixer needs for the output of the last layer.
         x: Embedded tokens.
         memory: What earlier calls left, stacked over layers; only the first device is given the open block.
         plan: Bookkeeping of the blocks.
@@ -84,7 +98,7 @@ def over_blocks(run: Callable[..., Any], layers: Any, final: Any, x: Array, memo
             lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, number() * count, count, axis=leaf.ndim - 1), plan
         )
         open_k, open_v = (jnp.where(number() == 0, part, 0) for part in (memory.open_k, memory.open_v))
-        return run(layers, final, x, memory._replace(open_k=open_k, open_v=open_v), plan)
+        return run(config, mixer, layers, final, x, memory._replace(open_k=open_k, open_v=open_v), plan)
 
     whole, blocks = PartitionSpec(), PartitionSpec(None, AXIS)
     return jax.shard_map(

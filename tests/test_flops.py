@@ -212,6 +212,25 @@ def test_remat_and_gradient_of_the_decoder():
         assert low < ratio < high
 
 
+def test_idle_share_by_hand():
+    """The FAM of four blocks costs 4 x (2 rows x 2 x 576 weights + 2 x 6 pairs x 4 x 8)."""
+    config = DecoderConfig(
+        vocab_size=16,
+        num_layers=1,
+        d_model=8,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=4,
+        d_ff=16,
+        memory=MemoryConfig(block_size=4, segments=0, fam_length=2),
+    )
+    fam, whole = 4 * (2304 + 384), flops.forward_flops(config, 1, 16)
+    assert flops.idle_share(config, 16, 1) == 0
+    works, takes = whole / 4, (whole - fam) / 4 + fam
+    assert flops.idle_share(config, 16, 4) == pytest.approx((takes - works) / takes)
+    assert flops.idle_share(dataclasses.replace(config, memory=MemoryConfig(block_size=4)), 16, 4) == 0
+
+
 def test_mfu():
     assert flops.mfu(197e12, 2.0, "TPU v5 lite", 1) == 0.5
     assert math.isclose(flops.mfu(459e12, 1.0, "TPU v5", 4), 0.25)

@@ -16,10 +16,12 @@ from fam_jax import Decoder, MeshConfig, RSPState, ShardingRules, make_mesh, pre
 from fam_jax.sharding import MESH_AXES, PRESETS, constrain, fit
 from lime_jax import LimeConfig
 
+FILES = ["eight_devices.py", "eight_devices_sequence.py"]
+
 
 def eight_devices(*arguments):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "eight_devices.py", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES, *arguments]
     done = subprocess.run(
         command, cwd=ROOT / "tests", env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True
     )
