@@ -21,7 +21,7 @@ from jax import Array
 from fam_jax.config import DecoderConfig, MemoryConfig
 from fam_jax.ops import Source, accumulation_dtype, attend, rotate
 from fam_jax.plan import Plan
-from fam_jax.sharding import constrain, gather
+from fam_jax.sharding import constrain
 from fam_jax.sublayers import LayerParams, finish, project
 from lime_jax import Depth, Mixer
 
@@ -30,12 +30,12 @@ class FamInputs(NamedTuple):
     """What a layer's FAM may start from, and the randomness of training.
 
     Attributes:
-        prompt: The learned prompt as it arrives at this layer: [f, d].
+        prompt: The learned prompt as it arrives at this layer: [f, d]; None where it climbs along with the tokens.
         stored: The stored FAM of Random State Passing at this layer: [f, d]; None if the caller has none.
         noise_key: Key of this layer's FAM noise; None for no noise.
     """
 
-    prompt: Array
+    prompt: Array | None
     stored: Array | None
     noise_key: Array | None
 
@@ -172,12 +172,18 @@ def scan_blocks(
     memory = config.memory
     assert memory is not None
 
+    def per_row(start):
+        # One for each row, where the row is: in the loop they would be moved, and their gradients summed, every block.
+        return constrain(config.sharding, jnp.broadcast_to(start, fam.shape), "batch", None, None)
+
+    prompt, stored = jax.tree.map(per_row, (inputs.prompt, inputs.stored))
+
     def step(carry, block_n):
         fam, kept = carry
         k, v, index, complete, fresh, passed, position, store, bank, pushed = block_n
-        if inputs.stored is not None:
-            fam = jnp.where(passed[:, None, None], inputs.stored, fam)
-        entering = jnp.where(fresh[:, None, None], inputs.prompt, fam)
+        if stored is not None:
+            fam = jnp.where(passed[:, None, None], stored, fam)
+        entering = jnp.where(fresh[:, None, None], prompt, fam)
         here = dataclasses.replace(depth, bank=bank, pushed=pushed)
         q, fam_k, fam_v, here = project(config, mixer, params, entering, here)
         own = Source(rotate(fam_k, key_positions(memory, position, fresh), config.rope_base), fam_v)
@@ -192,7 +198,7 @@ def scan_blocks(
         new = jax.lax.cond(jnp.any(complete), compress, lambda: fam) if skip_incomplete else compress()
         # Were the carry laid out otherwise than it came in, every block would move it.
         fam = constrain(config.sharding, jnp.where(complete[:, None, None], new, fam), "batch", None, None)
-        kept = jnp.where(store, fam[0], kept)
+        kept = jnp.where(store, jax.lax.stop_gradient(fam), kept)
         slots = (*here.own, *[entering] * (mixer.per_layer - len(here.own)))
         return (fam, kept), (own.k, own.v, slots)
 
@@ -202,12 +208,12 @@ def scan_blocks(
     k, v, complete, fresh, passed, position, pushed = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), over_blocks)
     bank = None if depth.bank is None else jnp.moveaxis(depth.bank, 2, 0)
     fam = constrain(config.sharding, fam, "batch", None, None)
-    carry = (fam, jnp.zeros(fam.shape[1:], fam.dtype))
+    carry = (fam, jnp.zeros_like(fam))
     xs = (k, v, plan.index, complete, fresh, passed, position, plan.store, bank, pushed)
     with jax.named_scope("fam_scan"):  # by which the loop is found in a compiled program
         (fam, kept), out = jax.lax.scan(step, carry, xs)
     fam_k, fam_v, slots = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), out)
-    return fam, Source(fam_k, fam_v), kept, slots
+    return fam, Source(fam_k, fam_v), kept[0], slots
 
 
 def climb(
@@ -230,11 +236,15 @@ def climb(
     """
     memory = config.memory
     assert memory is not None
-    params = gather(config.sharding, params)
-    prompt, add = mixer.enter(params.mixing, carry, depth, 0)
-    q, k, v, depth = project(config, mixer, params, prompt, depth)
+
+    def everywhere(x):
+        # A few rows are soonest computed by every device.
+        return constrain(config.sharding, x, *[None] * x.ndim)
+
+    prompt, add = mixer.enter(params.mixing, everywhere(carry), depth, 0)
+    q, k, v, depth = project(config, mixer, params, everywhere(prompt), depth)
     start = None if memory.positions == "local" else jnp.zeros(())
     positions = key_positions(memory, start, jnp.ones((), bool)).reshape(-1)
     q, k = rotate(q, positions, config.rope_base), rotate(k, positions, config.rope_base)
     carry, depth = finish(config, mixer, params, prompt, add, attend(q, [Source(k, v)]), depth)
-    return carry, prompt, depth
+    return everywhere(carry), prompt, depth
