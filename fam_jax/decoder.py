@@ -21,9 +21,9 @@ from fam_jax.loss import TokenLosses
 from fam_jax.ops import accumulation_dtype
 from fam_jax.plan import Plan, make_plan
 from fam_jax.sequence import check_sequence, over_blocks
-from fam_jax.sharding import constrain
+from fam_jax.sharding import constrain, gather
 from fam_jax.state import LayerMemory, RSPState, StreamState
-from fam_jax.sublayers import LayerParams, cast
+from fam_jax.sublayers import LayerParams, LayerStack, cast
 from lime_jax import Mixer, make_mixer, run_layers
 from lime_jax.depth import NO_DEPTH
 from lime_jax.mixer import shape_of
@@ -48,10 +48,14 @@ class DecoderOutput:
 
 
 class Layers(NamedTuple):
-    """Everything that differs from layer to layer, stacked; `None` without a FAM."""
+    """Everything that differs from layer to layer, stacked, and the learned prompt, if it has yet to climb them.
+
+    Without a FAM, `inputs` and `prompt` [f, d] are None.
+    """
 
     params: LayerParams
     inputs: FamInputs | None
+    prompt: Array | None
 
 
 class Decoder(nn.Module):
@@ -121,7 +125,7 @@ class Decoder(nn.Module):
         plan, layout = make_plan(config, call, key=key, rsp_valid=None if rsp is None else rsp.valid)
         spread = check_sequence(config, time, len(plan.index))
         mixer = make_mixer(config.mixing, shape_of(config))
-        layers = stack_layers(config, mixer, params, plan, key=key, rsp=rsp)
+        layers = stack_layers(config, mixer, params, key=key, rsp=rsp)
         x = embed_blocks(config, params, call.tokens, layout)
         # Windows shorter than a block are at most two: the block schedule's loop, which can skip one.
         schedule = _layer_schedule if config.schedule == "layer" and plan.slot is None else _block_schedule
@@ -162,52 +166,17 @@ class Decoder(nn.Module):
             params["fam_prompt"] = self.param("fam_prompt", rows, (c.fam_length, c.d_model), dtype)
         final_scale = nn.initializers.constant(c.d_model**-0.5 if c.tie_embeddings else 1.0)
         params["final_norm"] = self.param("final_norm", final_scale, (c.d_model,), dtype)
-        params["layers"] = _LayerStack(c, name="layers")()
+        params["layers"] = LayerStack(c, name="layers")()
         mixer = make_mixer(c.mixing, shape_of(c))
         if jax.eval_shape(lambda: mixer.init(jax.random.key(0), dtype)):
             params["mixing"] = self.param("mixing", mixer.init, dtype)
         return params
 
 
-class _LayerStack(nn.Module):
-    """Declares the weights of all layers, stacked."""
-
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(self) -> LayerParams:
-        c = self.config
-        dtype = jnp.dtype(c.param_dtype)
-        ones = nn.initializers.ones
-        out_scale = (2 * c.num_layers) ** -0.5
-
-        def declare(name: str, initializer: Callable[..., Array], *shape: int) -> Array:
-            return self.param(name, initializer, (c.num_layers, *shape), dtype)
-
-        def matrix(name: str, inputs: int, *shape: int, scale: float = 1.0) -> Array:
-            return declare(name, nn.initializers.normal(scale * inputs**-0.5), *shape)
-
-        return LayerParams(
-            attn_norm=declare("attn_norm", ones, c.d_model),
-            wq=matrix("wq", c.d_model, c.d_model, c.num_heads, c.head_dim),
-            wk=matrix("wk", c.d_model, c.d_model, c.num_kv_heads, c.head_dim),
-            wv=matrix("wv", c.d_model, c.d_model, c.num_kv_heads, c.head_dim),
-            wo=matrix("wo", c.num_heads * c.head_dim, c.num_heads, c.head_dim, c.d_model, scale=out_scale),
-            q_norm=declare("q_norm", ones, c.head_dim) if c.qk_norm else None,
-            k_norm=declare("k_norm", ones, c.head_dim) if c.qk_norm else None,
-            ff_norm=None if c.parallel_block else declare("ff_norm", ones, c.d_model),
-            w_gate=matrix("w_gate", c.d_model, c.d_model, c.d_ff),
-            w_up=matrix("w_up", c.d_model, c.d_model, c.d_ff),
-            w_down=matrix("w_down", c.d_ff, c.d_ff, c.d_model, scale=out_scale),
-            mixing={},
-        )
-
-
 def stack_layers(
     config: DecoderConfig,
     mixer: Mixer,
     params: dict[str, Any],
-    plan: Plan,
     key: Array | None = None,
     rsp: RSPState | None = None,
 ) -> Layers:
@@ -217,7 +186,6 @@ def stack_layers(
         config: The decoder's.
         mixer: The layer mixer.
         params: The decoder's, its layers as `LayerParams`.
-        plan: Bookkeeping of the call.
         key: For FAM noise; None for none.
         rsp: The stored state of Random State Passing.
     """
@@ -226,14 +194,14 @@ def stack_layers(
     mixing = params.get("mixing", {}).get("layers", {})
     weights = dataclasses.replace(weights, mixing=mixer.effective(mixing))
     if not config.fam_length:
-        return Layers(weights, None)
-    prompts = _climb_all(config, mixer, weights, params["fam_prompt"].astype(dtype), plan)
+        return Layers(weights, None, None)
     stored = None if rsp is None else jax.lax.stop_gradient(rsp.fam).astype(dtype)
     noise_keys = None
     if key is not None and config.memory is not None and config.memory.noise > 0:
         noise_key = jax.random.fold_in(key, 2)
         noise_keys = jax.vmap(lambda number: jax.random.fold_in(noise_key, number))(jnp.arange(config.num_layers))
-    return Layers(weights, FamInputs(prompts, stored, noise_keys))
+    prompt = constrain(config.sharding, params["fam_prompt"].astype(dtype), None, None)
+    return Layers(weights, FamInputs(None, stored, noise_keys), prompt)
 
 
 def _layer_schedule(
@@ -281,16 +249,30 @@ def through_layers(
 ) -> tuple[Array, Any]:
     """Tokens through all layers, `body` being one of them (see `lime_jax.run_layers`).
 
+    The prompt climbs along with them, so that each layer's weights are gathered, and their gradients summed, once.
+
     Returns:
         Output of the last layer [b, n, w, d], and what the layers kept, stacked.
     """
-    rows = {"tokens": x.shape[:3]}
+    start = {"tokens": x} if layers.prompt is None else {"tokens": x, "prompt": layers.prompt}
+    rows = {name: embedded.shape[:-1] for name, embedded in start.items()}
     if config.fam_length and mixer.mixes_rows:
         rows["fam"] = (*x.shape[:2], config.fam_length)
-    carry, banks, kept = _run_layers(
-        config, mixer, layers.params.mixing, body, plan, mixer.open(x), (layers, memory), rows, {"tokens": x}
-    )
-    return mixer.close(final, carry, banks.get("tokens")), kept
+
+    def step(plan, carries, xs, depths):
+        (params, inputs, _), one_memory = xs
+        params = gather(config.sharding, params)
+        slots = {}
+        if "prompt" in carries:
+            prompt, entering, depth = climb(config, mixer, params, carries["prompt"], depths.get("prompt", NO_DEPTH))
+            carries, slots = carries | {"prompt": prompt}, {"prompt": depth.own}
+            inputs = inputs._replace(prompt=entering)
+        carry, more, kept = body(plan, carries["tokens"], (Layers(params, inputs, None), one_memory), depths)
+        return carries | {"tokens": carry}, slots | more, kept
+
+    carries, xs = jax.tree.map(mixer.open, start), (layers._replace(prompt=None), memory)
+    carries, banks, kept = _run_layers(config, mixer, layers.params.mixing, step, plan, carries, xs, rows, start)
+    return mixer.close(final, carries["tokens"], banks.get("tokens")), kept
 
 
 def _run_layers(
@@ -349,6 +331,7 @@ def _block_schedule(
 ) -> tuple[Array, LayerMemory, Array]:
     """Block after block, each through all layers. Arguments and results are those of `_layer_schedule`."""
     short = plan.slot is not None
+    layers = _climb_all(config, mixer, layers, plan)
 
     def run(x, memory, plan):
         return _layer_schedule(config, mixer, layers, final, x, memory, plan)
@@ -373,23 +356,26 @@ def _block_schedule(
     return jnp.moveaxis(x[:, :, 0], 0, 1), memory, kept
 
 
-def _climb_all(config: DecoderConfig, mixer: Mixer, params: LayerParams, prompt: Array, plan: Plan) -> Array:
-    """The learned prompt as it arrives at each layer: [l, f, d] (appendix B.1)."""
+def _climb_all(config: DecoderConfig, mixer: Mixer, layers: Layers, plan: Plan) -> Layers:
+    """With the prompt as it arrives at each layer, [l, f, d] (appendix B.1), before there are tokens."""
+    if layers.prompt is None or layers.inputs is None:
+        return layers
+    start = {"prompt": layers.prompt}
 
     def body(_, carry, one, depths):
-        carry, rows, depth = climb(config, mixer, one, carry, depths.get("prompt", NO_DEPTH))
+        carry, rows, depth = climb(config, mixer, gather(config.sharding, one), carry, depths.get("prompt", NO_DEPTH))
         return carry, {"prompt": depth.own}, rows
 
     def compute():
-        rows, start = {"prompt": prompt.shape[:1]}, {"prompt": prompt}
-        carry = mixer.open(prompt)
-        return _run_layers(config, mixer, params.mixing, body, None, carry, params, rows, start)[2]
+        rows, carry, mixing = {"prompt": start["prompt"].shape[:1]}, mixer.open(start["prompt"]), layers.params.mixing
+        return _run_layers(config, mixer, mixing, body, None, carry, layers.params, rows, start)[2]
 
     if plan.slot is None:
-        return compute()
-    # Decoding token by token reads the prompt in a document's first block only.
-    nothing = jnp.zeros((config.num_layers, *prompt.shape), prompt.dtype)
-    return jax.lax.cond(jnp.any(plan.fresh), compute, lambda: nothing)
+        prompts = compute()
+    else:  # decoding token by token reads the prompt in a document's first block only
+        nothing = jnp.zeros((config.num_layers, *layers.prompt.shape), layers.prompt.dtype)
+        prompts = jax.lax.cond(jnp.any(plan.fresh), compute, lambda: nothing)
+    return Layers(layers.params, layers.inputs._replace(prompt=prompts), None)
 
 
 def _store(rsp: RSPState, kept: Array, plan: Plan) -> RSPState:

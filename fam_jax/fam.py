@@ -22,7 +22,7 @@ from fam_jax import sequence
 from fam_jax.config import DecoderConfig, MemoryConfig
 from fam_jax.ops import Source, accumulation_dtype, attend, rotate
 from fam_jax.plan import Plan
-from fam_jax.sharding import constrain, gather
+from fam_jax.sharding import constrain
 from fam_jax.sublayers import LayerParams, finish, project
 from lime_jax import Depth, Mixer
 
@@ -31,12 +31,12 @@ class FamInputs(NamedTuple):
     """What a layer's FAM may start from, and the randomness of training.
 
     Attributes:
-        prompt: The learned prompt as it arrives at this layer: [f, d].
+        prompt: The learned prompt as it arrives at this layer: [f, d]; None where it climbs along with the tokens.
         stored: The stored FAM of Random State Passing at this layer: [f, d]; None if the caller has none.
         noise_key: Key of this layer's FAM noise; None for no noise.
     """
 
-    prompt: Array
+    prompt: Array | None
     stored: Array | None
     noise_key: Array | None
 
@@ -173,6 +173,14 @@ def scan_blocks(
     memory = config.memory
     assert memory is not None
 
+    def per_row(start):
+        # One for each row, where the row is: in the loop they would be moved, and their gradients summed, every block.
+        return constrain(config.sharding, jnp.broadcast_to(start, fam.shape), "batch", None, None)
+
+    inputs = inputs._replace(prompt=per_row(inputs.prompt))
+    if inputs.stored is not None:
+        inputs = inputs._replace(stored=per_row(inputs.stored))
+
     def step(operands, carry, block_n):
         params, inputs, (live, number) = operands
         fam, kept = carry
@@ -237,11 +245,15 @@ def climb(
     """
     memory = config.memory
     assert memory is not None
-    params = gather(config.sharding, params)
-    prompt, add = mixer.enter(params.mixing, carry, depth, 0)
-    q, k, v, depth = project(config, mixer, params, prompt, depth)
+
+    def everywhere(x):
+        # A few rows are soonest computed by every device.
+        return constrain(config.sharding, x, *[None] * x.ndim)
+
+    prompt, add = mixer.enter(params.mixing, everywhere(carry), depth, 0)
+    q, k, v, depth = project(config, mixer, params, everywhere(prompt), depth)
     start = None if memory.positions == "local" else jnp.zeros(())
     positions = key_positions(memory, start, jnp.ones((), bool)).reshape(-1)
     q, k = rotate(q, positions, config.rope_base), rotate(k, positions, config.rope_base)
     carry, depth = finish(config, mixer, params, prompt, add, attend(q, [Source(k, v)]), depth)
-    return carry, prompt, depth
+    return everywhere(carry), prompt, depth

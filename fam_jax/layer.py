@@ -14,7 +14,7 @@ from fam_jax.config import DecoderConfig
 from fam_jax.fam import FamInputs, scan_blocks
 from fam_jax.ops import Source, attend, rotate
 from fam_jax.plan import Plan
-from fam_jax.sharding import constrain, gather
+from fam_jax.sharding import constrain
 from fam_jax.state import LayerMemory
 from fam_jax.sublayers import LayerParams, finish, project
 from lime_jax import Depth, Mixer
@@ -36,7 +36,7 @@ def layer(
     Args:
         config: The decoder's.
         mixer: What the layer reads of earlier layers.
-        params: The layer's weights, in the type of the activations.
+        params: The layer's weights, in the type of the activations, gathered (see `fam_jax.sharding`).
         carry: What the layer before left, in windows: [b, n, w, d], more axes with some mixers. `w` is the block
             size, or less if `n` is 1.
         memory: What the layer remembers of earlier calls.
@@ -49,7 +49,6 @@ def layer(
         later layers may read, slots by name of their bank.
     """
     rules = config.sharding
-    params = gather(rules, params)
     depth, fam_depth = (depths.get(name, NO_DEPTH) for name in ("tokens", "fam"))
     x, add = mixer.enter(params.mixing, carry, depth, 0)
     _, windows, width, _ = x.shape

@@ -81,7 +81,7 @@ def layer_states(
     last, held = through_layers(
         config,
         mixer,
-        stack_layers(config, mixer, params, plan),
+        stack_layers(config, mixer, params),
         params.get("mixing", {}).get("final", {}),
         body,
         embed_blocks(config, params, call.tokens, layout),

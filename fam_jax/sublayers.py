@@ -1,8 +1,10 @@
 """The weights of a layer, and what surrounds attention; tokens, FAM rows and the prompt share all of it."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
+import flax.linen as nn
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
@@ -45,6 +47,40 @@ class LayerParams:
     w_up: Array
     w_down: Array
     mixing: Params
+
+
+class LayerStack(nn.Module):
+    """Declares the weights of all layers, stacked."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self) -> LayerParams:
+        c = self.config
+        dtype = jnp.dtype(c.param_dtype)
+        ones = nn.initializers.ones
+        out_scale = (2 * c.num_layers) ** -0.5
+
+        def declare(name: str, initializer: Callable[..., Array], *shape: int) -> Array:
+            return self.param(name, initializer, (c.num_layers, *shape), dtype)
+
+        def matrix(name: str, inputs: int, *shape: int, scale: float = 1.0) -> Array:
+            return declare(name, nn.initializers.normal(scale * inputs**-0.5), *shape)
+
+        return LayerParams(
+            attn_norm=declare("attn_norm", ones, c.d_model),
+            wq=matrix("wq", c.d_model, c.d_model, c.num_heads, c.head_dim),
+            wk=matrix("wk", c.d_model, c.d_model, c.num_kv_heads, c.head_dim),
+            wv=matrix("wv", c.d_model, c.d_model, c.num_kv_heads, c.head_dim),
+            wo=matrix("wo", c.num_heads * c.head_dim, c.num_heads, c.head_dim, c.d_model, scale=out_scale),
+            q_norm=declare("q_norm", ones, c.head_dim) if c.qk_norm else None,
+            k_norm=declare("k_norm", ones, c.head_dim) if c.qk_norm else None,
+            ff_norm=None if c.parallel_block else declare("ff_norm", ones, c.d_model),
+            w_gate=matrix("w_gate", c.d_model, c.d_model, c.d_ff),
+            w_up=matrix("w_up", c.d_model, c.d_model, c.d_ff),
+            w_down=matrix("w_down", c.d_ff, c.d_ff, c.d_model, scale=out_scale),
+            mixing={},
+        )
 
 
 def project(
