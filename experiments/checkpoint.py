@@ -4,10 +4,16 @@ A checkpoint is a folder `STEP/` with `params/` and `rest/` (Orbax, one array pe
 tree) and `meta.json` (config, data position, shapes, and size and CRC-32 of every file). It is written beside
 and renamed when it is complete, so a process that is killed leaves the earlier ones as they were. Reading
 compares the checksums first: Orbax alone returns an array whose bytes were damaged on disk without a word.
+
+Training waits only until the arrays are copied off the devices; a thread writes them, and then what makes the folder
+complete. One checkpoint is written at a time.
 """
 
 from __future__ import annotations
 
+import functools
+import json
+import math
 import os
 import shutil
 import sys
@@ -19,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from experiments.arrays import load, named, shape_of
 from experiments.config import MAY_CHANGE, TrainConfig
 from experiments.distributed import is_main, on_main
 from experiments.integrity import (
@@ -32,6 +39,7 @@ from experiments.integrity import (
     write_meta,
 )
 from experiments.typed import differences, from_json, to_json
+from experiments.writing import Write, is_of_storage
 from fam_jax import Decoder
 
 
@@ -56,15 +64,20 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run, which this process or its job alone writes."""
 
-    def __init__(self, directory: Path, keep: int):
+    def __init__(self, directory: Path, keep: int, every: int = 0, best: int = 0):
         """Opens a folder, creating it if need be, and removes what a killed process left half done in it.
 
         Args:
             directory: Holds one folder per step.
             keep: The latest so many are kept.
+            every: So are those of steps that are multiples of this; 0 is none.
+            best: And so many of the lowest validation loss.
         """
         self.directory = directory
-        self._keep = keep
+        self._keep, self._every, self._best = keep, every, best
+        self._restored: int | None = None
+        self._losses: dict[int, float | None] = {}
+        self._writing: Write | None = None
 
         def clean() -> None:
             directory.mkdir(parents=True, exist_ok=True)
@@ -77,8 +90,31 @@ class Checkpoints:
         """Steps of the complete checkpoints, in order."""
         return _steps(self.directory)
 
-    def save(self, step: int, params: Any, rest: Any, config: TrainConfig, data: Mapping[str, Any]) -> None:
-        """Writes a checkpoint and returns when it is on disk; one of the same step is left as it is.
+    def save(
+        self,
+        step: int,
+        params: Any,
+        rest: Any,
+        config: TrainConfig,
+        data: Mapping[str, Any],
+        loss: float | None = None,
+    ) -> None:
+        """Writes a checkpoint and returns when it is on disk: `begin`, then `wait`."""
+        self.begin(step, params, rest, config, data, loss)
+        self.wait()
+
+    def begin(
+        self,
+        step: int,
+        params: Any,
+        rest: Any,
+        config: TrainConfig,
+        data: Mapping[str, Any],
+        loss: float | None = None,
+    ) -> None:
+        """Begins to write a checkpoint and returns when the arrays are copied; one of the same step is left as it is.
+
+        The one before is waited for. What is written may be donated or changed as soon as this returns.
 
         Args:
             step: Its number.
@@ -86,12 +122,22 @@ class Checkpoints:
             rest: Everything else that a training step hands on, any pytree.
             config: The run's.
             data: Position of the data, JSON-able.
+            loss: On the validation split, of these parameters, by which the best are found.
 
         Raises:
-            CheckpointError: It could not be written. Earlier ones are as they were.
+            CheckpointError: It, or the one before, could not be written. Earlier ones are as they were.
         """
+        self.wait()
         final, partial = self.directory / str(step), self.directory / f"saving-{step}"
-        items = {"params": _named(params), "rest": _named(rest)}
+        items = {"params": named(params), "rest": named(rest)}
+        content = {
+            "format": FORMAT,
+            "step": step,
+            "config": to_json(config),
+            "data": json.loads(json.dumps(dict(data))),  # as it is now, whatever the batches do next
+            "arrays": {item: {k: shape_of(leaf) for k, leaf in leaves.items()} for item, leaves in items.items()},
+            "validation_loss": loss if loss is not None and math.isfinite(loss) else None,
+        }
 
         def prepare() -> bool:
             if final.exists():
@@ -104,43 +150,88 @@ class Checkpoints:
             return True
 
         def finish() -> None:
-            content = {
-                "format": FORMAT,
-                "step": step,
-                "config": to_json(config),
-                "data": dict(data),
-                "arrays": {item: {k: _shape(leaf) for k, leaf in leaves.items()} for item, leaves in items.items()},
-                "files": checksums(partial),
-            }
-            write_meta(partial / "meta.json", content)
+            write_meta(partial / "meta.json", content | {"files": checksums(partial)})
             os.rename(partial, final)
             sync(self.directory)
+            self._losses[step] = content["validation_loss"]
+
+        def start(name: str) -> Any:  # every process its part
+            return ocp.save_async(partial.resolve() / name, items[name])
 
         try:
             if not on_main(prepare, (OSError,)):
                 return
-            for name, leaves in items.items():
-                ocp.save(partial.resolve() / name, leaves)  # every process its part
-            on_main(finish, (OSError,))
-        except (OSError, ValueError) as error:
-            if is_main():
-                shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, ValueError) and "os_error_code" not in str(error):
-                raise  # tensorstore reports what the system says, a full disk too, as a ValueError
-            kept = ", ".join(map(str, self.steps())) or "none"
-            raise CheckpointError(
-                f"checkpoint {step} could not be written to {self.directory}: {first_line(error)}. Earlier "
-                f"checkpoints are as they were (steps: {kept}). Make room or repair the disk, then start the "
-                "same command again"
-            ) from error
-        on_main(self._delete_old, (OSError,))
+        except OSError as error:
+            raise self._failed(step, partial, error) from error
+        self._writing = Write(
+            step, partial, [functools.partial(start, name) for name in items], finish, self._delete_old
+        )
+
+    def wait(self) -> None:
+        """Returns when no checkpoint is being written any more; all processes must call it.
+
+        Raises:
+            CheckpointError: The one that was could not be. Earlier ones are as they were.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        writing.join()
+
+        def outcome() -> None:
+            error = writing.error
+            if error is None:
+                return
+            if not writing.complete and (isinstance(error, OSError) or is_of_storage(error)):
+                raise self._failed(writing.step, writing.partial, error) from error
+            raise error
+
+        on_main(outcome, (CheckpointError, OSError))
+
+    def close(self) -> None:
+        """Lets a write that is under way end, after whatever error; says so if it fails.
+
+        With several processes nothing is waited for: some of them may be gone.
+        """
+        if jax.process_count() > 1:
+            return
+        try:
+            self.wait()
+        except (CheckpointError, OSError, ValueError) as error:
+            _warn(str(error))
+
+    def _failed(self, step: int, partial: Path, error: BaseException) -> CheckpointError:
+        if is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+        kept = ", ".join(map(str, self.steps())) or "none"
+        return CheckpointError(
+            f"checkpoint {step} could not be written to {self.directory}: {first_line(error)}. Earlier "
+            f"checkpoints are as they were (steps: {kept}). Make room or repair the disk, then start the "
+            "same command again"
+        )
 
     def _delete_old(self) -> None:
-        for old in self.steps()[: -self._keep]:
-            # Renamed first, so that one that is half deleted is not taken for a complete one.
-            doomed = self.directory / f"deleting-{old}"
-            os.rename(self.directory / str(old), doomed)
-            shutil.rmtree(doomed)
+        steps = self.steps()
+        kept = {*steps[-self._keep :], self._restored}
+        kept |= {step for step in steps if self._every and step % self._every == 0}
+        if self._best:
+            losses = {step: loss for step in steps if (loss := self._loss(step)) is not None}
+            kept |= set(sorted(losses, key=lambda step: (losses[step], step))[: self._best])
+        for old in steps:
+            if old not in kept:
+                # Renamed first, so that one that is half deleted is not taken for a complete one.
+                doomed = self.directory / f"deleting-{old}"
+                os.rename(self.directory / str(old), doomed)
+                shutil.rmtree(doomed)
+
+    def _loss(self, step: int) -> float | None:
+        if step not in self._losses:
+            try:
+                meta = json.loads((self.directory / str(step) / "meta.json").read_text(encoding="utf-8"))
+                self._losses[step] = meta["content"].get("validation_loss")
+            except (OSError, ValueError, KeyError):
+                self._losses[step] = None  # damaged, which restoring it will say
+        return self._losses[step]
 
     def restore(self, params: Any, rest: Any, config: TrainConfig) -> Restored | None:
         """Reads the latest checkpoint, or with a warning an earlier one if the latest is damaged.
@@ -180,11 +271,12 @@ class Checkpoints:
         if found is None:
             return None
         step, meta = found
+        self._restored = step  # stays while this process does
         folder = self.directory / str(step)
         restored = Restored(
             step,
-            _load(folder, "params", params, meta),
-            _load(folder, "rest", rest, meta),
+            load(folder, "params", params, meta),
+            load(folder, "rest", rest, meta),
             meta["data"],
             _compare_configs(meta, config, folder),
         )
@@ -239,7 +331,7 @@ def load_model(path: Path | str, step: int | None = None) -> tuple[Decoder, dict
     folder, meta, config = find_checkpoint(path, step)
     model = Decoder(config.model)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    return model, {"params": _load(folder, "params", shapes, meta)}, config
+    return model, {"params": load(folder, "params", shapes, meta)}, config
 
 
 def run_folder(path: Path | str) -> Path:
@@ -253,57 +345,6 @@ def run_folder(path: Path | str) -> Path:
 
 def _steps(directory: Path) -> list[int]:
     return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal() and path.is_dir())
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """The leaves by path. Those without elements are left out: Orbax refuses them, and they hold nothing."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {_name(path): leaf for path, leaf in leaves if leaf.size}
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
-def _shape(leaf: Any) -> str:
-    return f"{leaf.dtype}{list(leaf.shape)}"
-
-
-def _load(folder: Path, item: str, like: Any, meta: dict[str, Any]) -> Any:
-    """Reads an item of a verified checkpoint into a tree like `like`."""
-    wanted, stored = _named(like), meta["arrays"][item]
-    for name in dict.fromkeys([*wanted, *stored]):
-        here = _shape(wanted[name]) if name in wanted else "absent"
-        if stored.get(name, "absent") != here:
-            raise CheckpointError(
-                f"{folder} is a checkpoint of another model: {item}.{name} is {stored.get(name, 'absent')} "
-                f"there and {here} here; use the code that wrote it, or start a run in another --work-dir"
-            )
-    arrays = read_arrays(folder, item, wanted)
-
-    def pick(path: tuple, leaf: Any) -> Any:
-        return arrays[_name(path)] if leaf.size else jnp.zeros(leaf.shape, leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(pick, like)
-
-
-def read_arrays(folder: Path, item: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Arrays of an item of a verified checkpoint by name, like the arrays or shapes that are wanted.
-
-    Raises:
-        CheckpointError: They cannot be read.
-    """
-    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default)
-        for name, leaf in wanted.items()
-    }
-    partial = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
-    try:
-        with ocp.Context(pytree_options=partial):
-            return ocp.load(folder.resolve() / item, abstract)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} could not be read: {first_line(error)}") from error
 
 
 def _read_config(meta: dict[str, Any], folder: Path) -> TrainConfig:

@@ -142,7 +142,9 @@ class _Run:
         check_same("data", [self.batches.get_state(), self.validation_start])
         self.stop = stack.enter_context(stop_signals())  # an interrupt that is raised while XLA compiles can get lost
         self._take_folder(fresh, stack)
-        self.checkpoints = Checkpoints(config.directory / "checkpoints", config.keep)
+        kept = (config.keep, config.keep_every, config.keep_best)
+        self.checkpoints = Checkpoints(config.directory / "checkpoints", *kept)
+        stack.callback(self.checkpoints.close)
         self.start, self.state = self._begin(begin, shapes)
         self.log = None
         if is_main():
@@ -163,6 +165,7 @@ class _Run:
         self.skipped = 0  # steps in a row that were left out
         self.said = 0  # the signal that some process has said to all
         self.validation_metrics: dict[str, float] = {}
+        self.validated = 0  # the step of those
 
     def _take_folder(self, fresh: bool, stack: contextlib.ExitStack) -> None:
         """Makes the run's folder, after moving an earlier run aside if asked to, and holds it."""
@@ -261,6 +264,7 @@ class _Run:
                 due = False
             if stopped:
                 break
+        self.checkpoints.wait()
         if step == config.steps:
             stopped = None  # whatever else asked for it, the run is complete
         if stopped:
@@ -311,6 +315,7 @@ class _Run:
         )
         self._say(f"WARNING: step {step:,} is left out: {found}")
         if self.skipped >= SKIPPED_IN_A_ROW:
+            self.checkpoints.wait()
             kept = self.checkpoints.steps()
             where = f"from the last good checkpoint, step {kept[-1]} in {self.checkpoints.directory}, " if kept else ""
             raise NonFiniteError(
@@ -339,6 +344,7 @@ class _Run:
                 total[name] = total.get(name, 0.0) + float(value)  # in float64: many batches lose nothing
         values = means(total)
         self.validation_metrics = {name: values[name] for name in ("loss", "accuracy")}
+        self.validated = step
         if self.log:
             self.log.write(step, "validation", self.validation_metrics)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in self.validation_metrics.items())
@@ -347,7 +353,8 @@ class _Run:
     def _save(self, step: int) -> None:
         self.throughput.interrupt()
         position = self.batches.get_state()
-        self.checkpoints.save(step, self.state.params, _rest(self.state), self.config, position)
+        loss = self.validation_metrics["loss"] if self.validated == step else None
+        self.checkpoints.begin(step, self.state.params, _rest(self.state), self.config, position, loss)
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
