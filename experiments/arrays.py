@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from experiments.files import absolute
 from experiments.integrity import CheckpointError, first_line
 
 
@@ -61,6 +62,6 @@ def read_arrays(folder: Path, item: str, wanted: Mapping[str, Any]) -> dict[str,
     partial = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
     try:
         with ocp.Context(pytree_options=partial):
-            return ocp.load(folder.resolve() / item, abstract)
+            return ocp.load(absolute(folder) / item, abstract)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} could not be read: {first_line(error)}") from error

@@ -5,19 +5,23 @@ tree) and `meta.json` (config, data position, shapes, and size and CRC-32 of eve
 and renamed when it is complete, so a process that is killed leaves the earlier ones as they were. Reading
 compares the checksums first: Orbax alone returns an array whose bytes were damaged on disk without a word.
 
+In object storage, where folders cannot be renamed, it is written in place, and complete once `meta.json` is there,
+which is written last.
+
 Training waits only until the arrays are copied off the devices; a thread writes them, and then what makes the folder
 complete. One checkpoint is written at a time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +30,9 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from experiments.arrays import load, named, shape_of
-from experiments.config import MAY_CHANGE, TrainConfig
+from experiments.config import TrainConfig
 from experiments.distributed import is_main, on_main
+from experiments.files import absolute, as_os_errors, is_remote, location, remove
 from experiments.integrity import (
     FORMAT,
     CheckpointError,
@@ -38,7 +43,9 @@ from experiments.integrity import (
     verify,
     write_meta,
 )
-from experiments.typed import differences, from_json, to_json
+from experiments.process import BusyError
+from experiments.stored import compare_configs, read_config
+from experiments.typed import to_json
 from experiments.writing import Write, is_of_storage
 from fam_jax import Decoder
 
@@ -64,7 +71,9 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run, which this process or its job alone writes."""
 
-    def __init__(self, directory: Path, keep: int, every: int = 0, best: int = 0):
+    def __init__(
+        self, directory: Path, keep: int, every: int = 0, best: int = 0, held: Callable[[], None] = lambda: None
+    ):
         """Opens a folder, creating it if need be, and removes what a killed process left half done in it.
 
         Args:
@@ -72,19 +81,32 @@ class Checkpoints:
             keep: The latest so many are kept.
             every: So are those of steps that are multiples of this; 0 is none.
             best: And so many of the lowest validation loss.
+            held: Raises BusyError if another process has taken the folder over, in object storage.
         """
         self.directory = directory
-        self._keep, self._every, self._best = keep, every, best
+        self._keep, self._every, self._best, self._held = keep, every, best, held
+        self._remote = is_remote(directory)
         self._restored: int | None = None
         self._losses: dict[int, float | None] = {}
         self._writing: Write | None = None
 
         def clean() -> None:
+            if self._remote:
+                self._clean_remote()
+                return
             directory.mkdir(parents=True, exist_ok=True)
             for leftover in [*directory.glob("saving-*"), *directory.glob("deleting-*")]:
                 shutil.rmtree(leftover)
 
         on_main(clean, (OSError,))
+
+    def _clean_remote(self) -> None:
+        with as_os_errors(self.directory):
+            complete = self.steps()
+            for path in self.directory.glob("*"):
+                if path.name.isdecimal() and int(path.name) not in complete:
+                    _warn(f"checkpoint {path} is not complete, as its process ended before; it is deleted")
+                    remove(path)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, in order."""
@@ -128,7 +150,8 @@ class Checkpoints:
             CheckpointError: It, or the one before, could not be written. Earlier ones are as they were.
         """
         self.wait()
-        final, partial = self.directory / str(step), self.directory / f"saving-{step}"
+        final = self.directory / str(step)
+        partial = final if self._remote else self.directory / f"saving-{step}"
         items = {"params": named(params), "rest": named(rest)}
         content = {
             "format": FORMAT,
@@ -140,6 +163,9 @@ class Checkpoints:
         }
 
         def prepare() -> bool:
+            if self._remote:
+                with as_os_errors(final):
+                    return not (final / "meta.json").exists()
             if final.exists():
                 return False
             needed = sum(leaf.nbytes for item in items.values() for leaf in item.values())
@@ -150,13 +176,17 @@ class Checkpoints:
             return True
 
         def finish() -> None:
-            write_meta(partial / "meta.json", content | {"files": checksums(partial)})
-            os.rename(partial, final)
-            sync(self.directory)
+            with as_os_errors(partial):
+                content["files"] = checksums(partial)
+                self._held()
+                write_meta(partial / "meta.json", content)
+            if not self._remote:
+                os.rename(partial, final)
+                sync(self.directory)
             self._losses[step] = content["validation_loss"]
 
         def start(name: str) -> Any:  # every process its part
-            return ocp.save_async(partial.resolve() / name, items[name])
+            return ocp.save_async(absolute(partial) / name, items[name])
 
         try:
             if not on_main(prepare, (OSError,)):
@@ -182,27 +212,26 @@ class Checkpoints:
             error = writing.error
             if error is None:
                 return
-            if not writing.complete and (isinstance(error, OSError) or is_of_storage(error)):
+            ours = isinstance(error, ValueError) and self._remote  # so tensorstore says all that a bucket refuses
+            if not writing.complete and (ours or is_of_storage(error)):
                 raise self._failed(writing.step, writing.partial, error) from error
             raise error
 
-        on_main(outcome, (CheckpointError, OSError))
+        on_main(outcome, (CheckpointError, BusyError, OSError))
 
     def close(self) -> None:
-        """Lets a write that is under way end, after whatever error; says so if it fails.
-
-        With several processes nothing is waited for: some of them may be gone.
-        """
+        """Lets a write end after an error; with several processes, some of which may be gone, it does not wait."""
         if jax.process_count() > 1:
             return
         try:
             self.wait()
-        except (CheckpointError, OSError, ValueError) as error:
+        except (CheckpointError, BusyError, OSError, ValueError) as error:
             _warn(str(error))
 
     def _failed(self, step: int, partial: Path, error: BaseException) -> CheckpointError:
         if is_main():
-            shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(Exception):  # what is left is removed at the next start
+                remove(partial)
         kept = ", ".join(map(str, self.steps())) or "none"
         return CheckpointError(
             f"checkpoint {step} could not be written to {self.directory}: {first_line(error)}. Earlier "
@@ -218,7 +247,12 @@ class Checkpoints:
             losses = {step: loss for step in steps if (loss := self._loss(step)) is not None}
             kept |= set(sorted(losses, key=lambda step: (losses[step], step))[: self._best])
         for old in steps:
-            if old not in kept:
+            if old in kept:
+                continue
+            if self._remote:
+                with as_os_errors(self.directory):
+                    remove(self.directory / str(old), first="meta.json")
+            else:
                 # Renamed first, so that one that is half deleted is not taken for a complete one.
                 doomed = self.directory / f"deleting-{old}"
                 os.rename(self.directory / str(old), doomed)
@@ -258,7 +292,7 @@ class Checkpoints:
                 except DamagedCheckpoint as error:
                     damaged.append(error)
                     continue
-                _compare_configs(meta, config, folder)
+                compare_configs(meta, config, folder)
                 return step, meta
             if damaged:
                 raise CheckpointError(
@@ -267,7 +301,11 @@ class Checkpoints:
                 )
             return None
 
-        found = on_main(latest, (CheckpointError, OSError))
+        def latest_of_storage() -> tuple[int, dict[str, Any]] | None:
+            with as_os_errors(self.directory):
+                return latest()
+
+        found = on_main(latest_of_storage if self._remote else latest, (CheckpointError, OSError))
         if found is None:
             return None
         step, meta = found
@@ -278,11 +316,11 @@ class Checkpoints:
             load(folder, "params", params, meta),
             load(folder, "rest", rest, meta),
             meta["data"],
-            _compare_configs(meta, config, folder),
+            compare_configs(meta, config, folder),
         )
         for bad in damaged:  # out of the way, because this run will write that step again
             aside = _free_name(bad.folder.with_name(f"damaged-{bad.folder.name}"))
-            os.rename(bad.folder, aside)
+            bad.folder.rename(aside)
             _warn(f"{bad}; it is now {aside}, delete it when you like. Continuing from step {step} instead")
         return restored
 
@@ -297,7 +335,7 @@ def find_checkpoint(path: Path | str, step: int | None = None) -> tuple[Path, di
     Raises:
         CheckpointError: There is none, or it is damaged or made by another version of the code.
     """
-    root = Path(path).expanduser()
+    root = location(path)
     if (root / "meta.json").exists():
         candidates = [root]
     else:
@@ -319,7 +357,7 @@ def find_checkpoint(path: Path | str, step: int | None = None) -> tuple[Path, di
                 raise CheckpointError(f"{error}. Bring it back from a copy, or give another checkpoint") from error
             _warn(f"{error}. Reading an earlier one instead")
             continue
-        return folder, meta, _read_config(meta, folder)
+        return folder, meta, read_config(meta, folder)
     raise AssertionError("unreachable: the last candidate returns or raises")
 
 
@@ -336,7 +374,7 @@ def load_model(path: Path | str, step: int | None = None) -> tuple[Decoder, dict
 
 def run_folder(path: Path | str) -> Path:
     """The folder of the run that `load_model` reads from `path`; of a checkpoint that stands alone, its own."""
-    root = Path(path).expanduser().resolve()
+    root = absolute(location(path))
     if (root / "meta.json").exists() and root.parent.name == "checkpoints":
         root = root.parent
     inside = root.name == "checkpoints" and not (root / "checkpoints").is_dir()
@@ -344,30 +382,10 @@ def run_folder(path: Path | str) -> Path:
 
 
 def _steps(directory: Path) -> list[int]:
-    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal() and path.is_dir())
-
-
-def _read_config(meta: dict[str, Any], folder: Path) -> TrainConfig:
-    try:
-        return from_json(meta["config"], TrainConfig)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{folder} was written by another version of the code, whose settings this one does not know: {error}"
-        ) from error
-
-
-def _compare_configs(meta: dict[str, Any], config: TrainConfig, folder: Path) -> list[tuple[str, Any, Any]]:
-    """How the config differs from the checkpoint's; raises CheckpointError for what may not differ."""
-    changed = list(differences(to_json(_read_config(meta, folder)), to_json(config)))
-    for field, before, now in changed:
-        if not MAY_CHANGE.fullmatch(field):
-            what = "model" if field.startswith("model.") else "run"
-            raise CheckpointError(
-                f"{folder} belongs to another {what}: {field} is {before!r} there and {now!r} here; put it "
-                "back, give this run its own --work-dir, or start anew with --fresh, which moves the old run "
-                "aside"
-            )
-    return changed
+    numbers = (path for path in directory.glob("*") if path.name.isdecimal())
+    if is_remote(directory):
+        return sorted(int(path.name) for path in numbers if (path / "meta.json").exists())
+    return sorted(int(path.name) for path in numbers if path.is_dir())
 
 
 def _free_name(path: Path) -> Path:

@@ -12,6 +12,7 @@ from experiments.data import TextData, load_tokenizer
 from experiments.data.arithmetic import ArithmeticData
 from experiments.data.passkey import PasskeyData
 from experiments.data.prosqa import ProsqaData
+from experiments.files import location
 from experiments.optim import OptimConfig, make_schedule
 from experiments.typed import check_types
 from fam_jax import DecoderConfig, MeshConfig
@@ -48,7 +49,8 @@ class TrainConfig:
         keep_best: So many checkpoints of the lowest validation loss are kept, too. Each checkpoint needs an evaluation.
         init_from: A run, or one checkpoint of it, whose parameters this run begins with. Its model may have another
             memory or mixing: FAM is added to a trained model so, or its length changed.
-        work_dir: Folder of checkpoints, metrics and the config; None is `runs/NAME`.
+        work_dir: Folder of checkpoints, metrics and the config, also in object storage (`gs://BUCKET/...`); None is
+            `runs/NAME`.
         mesh: How the devices are used; what goes over which of its axes is `model.sharding`.
     """
 
@@ -116,7 +118,7 @@ class TrainConfig:
     @property
     def directory(self) -> Path:
         """Where the run's files go."""
-        return Path(self.work_dir or Path("runs") / self.name).expanduser()
+        return location(self.work_dir or Path("runs") / self.name)
 
     @property
     def stream(self) -> bool:

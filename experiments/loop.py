@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -25,10 +24,11 @@ from experiments import results
 from experiments.checkpoint import Checkpoints
 from experiments.command import make_folder
 from experiments.config import TrainConfig, check, check_mesh
-from experiments.data import Batches, TextData, load, manifest
+from experiments.data import Batches, DataError, TextData, load, manifest, prepare
 from experiments.data.passkey import PasskeyBatches, PasskeyData
 from experiments.data.questions import QuestionBatches, QuestionData
 from experiments.distributed import check_same, is_main, on_main, share
+from experiments.files import absolute, is_remote, write_text
 from experiments.flops import idle_share
 from experiments.metrics import MetricsLog, Throughput
 from experiments.optim import make_optimizer
@@ -136,6 +136,9 @@ class _Run:
         self.train_step = make_train_step(config, self.model, optimizer, schedule, self.places)
         self.eval_step = make_eval_step(self.model)
         # Whatever is wrong with the data shows here, before anything is compiled and before the folder is touched.
+        if isinstance(config.data, TextData) and is_remote(config.data.directory):
+            data = config.data
+            on_main(lambda: prepare(data), (DataError, ValueError, OSError))  # once; the other processes copy it
         self.batches = load_data(config.data, "train")
         self.validation = load_data(config.data, "validation") if config.eval_every else None
         self.validation_start = self.validation.get_state() if self.validation is not None else {}
@@ -143,7 +146,7 @@ class _Run:
         self.stop = stack.enter_context(stop_signals())  # an interrupt that is raised while XLA compiles can get lost
         self._take_folder(fresh, stack)
         kept = (config.keep, config.keep_every, config.keep_best)
-        self.checkpoints = Checkpoints(config.directory / "checkpoints", *kept)
+        self.checkpoints = Checkpoints(config.directory / "checkpoints", *kept, lambda: self.held())
         stack.callback(self.checkpoints.close)
         self.start, self.state = self._begin(begin, shapes)
         self.log = None
@@ -175,7 +178,7 @@ class _Run:
             if fresh and directory.is_dir():
                 self._say(f"the earlier run is now in {set_aside(directory)}")
             make_folder(directory, "work_dir")
-            stack.enter_context(only_process(directory))
+            self.held = stack.enter_context(only_process(directory))
 
         on_main(take, (ValueError, BusyError, OSError))
 
@@ -208,7 +211,7 @@ class _Run:
         if along > 1 and config.model.fam_length and not isinstance(config.data, PasskeyData):
             idle = idle_share(config.model, config.data.length, along)
             say(f"the FAM is with one of {along} devices at a time: they are idle for at least {idle:.1%} of a step")
-        say(f"files: {config.directory.resolve()} (checkpoints/, metrics.jsonl, tensorboard/, run.json)")
+        say(f"files: {absolute(config.directory)} (checkpoints/, metrics.jsonl, tensorboard/, run.json)")
         if restored is None:
             say(f"a new run of {config.steps:,} steps")
             state = create()
@@ -352,6 +355,8 @@ class _Run:
 
     def _save(self, step: int) -> None:
         self.throughput.interrupt()
+        if self.log:
+            self.log.flush()  # a run that goes on from here has all lines before
         position = self.batches.get_state()
         loss = self.validation_metrics["loss"] if self.validated == step else None
         self.checkpoints.begin(step, self.state.params, _rest(self.state), self.config, position, loss)
@@ -386,6 +391,4 @@ def _write_run(config: TrainConfig) -> None:
         "hardware": results.hardware(),
         "versions": results.versions(),
     }
-    target = config.directory / "run.json"
-    target.with_suffix(".tmp").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(target.with_suffix(".tmp"), target)
+    write_text(config.directory / "run.json", json.dumps(content, indent=1) + "\n")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,7 +35,7 @@ def take_parameters(path: str, config: TrainConfig, params: Any, say: Callable[[
         CheckpointError: There is no such checkpoint, it is damaged, or its model differs in what may not differ; names
             the first such field.
     """
-    folder, meta, theirs = find_checkpoint(Path(path).expanduser())
+    folder, meta, theirs = find_checkpoint(path)
     for field, before, now in differences(to_json(theirs.model), to_json(config.model)):
         if not _FREE.fullmatch(field):
             raise CheckpointError(

@@ -71,6 +71,8 @@ def is_of_storage(error: BaseException) -> bool:
 
     With several processes, also that another one has not written its part.
     """
+    if isinstance(error, OSError):
+        return True
     if isinstance(error, ValueError):
         return "os_error_code" in str(error)
     return isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1
