@@ -5,7 +5,7 @@ import importlib.util
 import json
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
 from fake_gcs import serve
 from test_checkpoint import trees
@@ -226,5 +226,7 @@ def test_two_processes(bucket, tmp_path):
     alone = dataclasses.replace(config, work_dir=str(tmp_path / "alone"))
     train(alone, progress=False)
     assert metric_rows(config)[-1]["loss"] == pytest.approx(metric_rows(alone)[-1]["loss"], rel=1e-5)
-    assert jax.tree.all(jax.tree.map(jnp.allclose, restore(config).params, restore(alone).params))
+    # Adam divides by small numbers, so that an order of addition shows; a part in a wrong place would be far off.
+    for a, b in zip(*(jax.tree.leaves(restore(run).params) for run in (config, alone)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
     assert json.loads(bucket.objects["runs/run/checkpoints/4/meta.json"])["content"]["step"] == 4
