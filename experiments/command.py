@@ -8,6 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
+from experiments.files import is_remote
+
 
 def modules(package: ModuleType) -> dict[str, str]:
     """The modules of a package, and the first line of what each tells of itself, read without running any."""
@@ -26,6 +28,8 @@ def make_folder(folder: Path, option: str) -> Path:
     Raises:
         ValueError: A file is in the way, or it cannot be made or written to.
     """
+    if is_remote(folder):
+        return folder  # there are no folders; whether it may be written to shows with the first file
     try:
         folder.mkdir(parents=True, exist_ok=True)
         reason = None if os.access(folder, os.W_OK) else "it may not be written to"

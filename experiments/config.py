@@ -12,13 +12,14 @@ from experiments.data import TextData, load_tokenizer
 from experiments.data.arithmetic import ArithmeticData
 from experiments.data.passkey import PasskeyData
 from experiments.data.prosqa import ProsqaData
+from experiments.files import location
 from experiments.optim import OptimConfig, make_schedule
 from experiments.typed import check_types
 from fam_jax import DecoderConfig, MeshConfig
 
 # What may differ when a run is continued; the trainer prints what does. Everything else makes it another run.
 MAY_CHANGE = re.compile(
-    r"name|steps|eval_every|eval_steps|checkpoint_every|keep|log_every|work_dir|accumulate|z_loss|optim\.(?!optimizer).*"
+    r"name|steps|eval_every|eval_steps|checkpoint_every|keep(_every|_best)?|log_every|work_dir|accumulate|z_loss|optim\.(?!optimizer).*"
     r"|model\.(schedule|remat|scan_layers|sharding\..*)|mesh\..*|data\.(data_dir|tfds_dir)"
 )
 
@@ -42,10 +43,14 @@ class TrainConfig:
             at the end.
         eval_steps: Batches of an evaluation, always the same ones.
         checkpoint_every: Steps from one checkpoint to the next; the end always has one, and 0 is only there.
-        keep: Checkpoints kept; older ones are deleted.
+        keep: The latest so many checkpoints are kept, others deleted; except that the one that a process continued from
+            stays as long as it runs.
+        keep_every: Checkpoints of steps that are multiples of this are kept for good; 0 is none.
+        keep_best: So many checkpoints of the lowest validation loss are kept, too. Each checkpoint needs an evaluation.
         init_from: A run, or one checkpoint of it, whose parameters this run begins with. Its model may have another
             memory or mixing: FAM is added to a trained model so, or its length changed.
-        work_dir: Folder of checkpoints, metrics and the config; None is `runs/NAME`.
+        work_dir: Folder of checkpoints, metrics and the config, also in object storage (`gs://BUCKET/...`); None is
+            `runs/NAME`.
         mesh: How the devices are used; what goes over which of its axes is `model.sharding`.
     """
 
@@ -62,6 +67,8 @@ class TrainConfig:
     eval_steps: int = 16
     checkpoint_every: int = 200
     keep: int = 2
+    keep_every: int = 0
+    keep_best: int = 0
     init_from: str | None = None
     work_dir: str | None = None
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -78,10 +85,22 @@ class TrainConfig:
             "eval_steps",
             "checkpoint_every",
             "keep",
+            "keep_every",
+            "keep_best",
         ):
             value, least = getattr(self, field), minimum.get(field, 0)
             if value < least:
                 raise ValueError(f"TrainConfig.{field}={value!r} is not allowed; it must be at least {least}")
+        if self.keep_every and (not self.checkpoint_every or self.keep_every % self.checkpoint_every):
+            raise ValueError(
+                f"TrainConfig.keep_every={self.keep_every} is not allowed; it must be a multiple of "
+                f"checkpoint_every={self.checkpoint_every}, or 0"
+            )
+        if self.keep_best and (not self.eval_every or self.checkpoint_every % self.eval_every):
+            raise ValueError(
+                f"TrainConfig.keep_best={self.keep_best} is not allowed; checkpoint_every={self.checkpoint_every} must "
+                f"be a multiple of eval_every={self.eval_every}, so that each has a validation loss"
+            )
         if self.seed >= 2**63:
             raise ValueError(f"TrainConfig.seed={self.seed} is not allowed; it must be below 2**63")
         if self.data.batch_size % self.accumulate:
@@ -99,7 +118,7 @@ class TrainConfig:
     @property
     def directory(self) -> Path:
         """Where the run's files go."""
-        return Path(self.work_dir or Path("runs") / self.name).expanduser()
+        return location(self.work_dir or Path("runs") / self.name)
 
     @property
     def stream(self) -> bool:

@@ -23,6 +23,7 @@ from experiments.config import TrainConfig
 from experiments.data import TextData
 from experiments.data.passkey import Passkey, PasskeyData
 from experiments.data.questions import QuestionData
+from experiments.files import location
 from experiments.measures import answer_accuracy, check_positive, loss_by_position, passkey_accuracy
 from experiments.typed import to_json
 from fam_jax import Decoder
@@ -164,7 +165,7 @@ def _answers(options: Options, model: Decoder, variables: Any, config: TrainConf
 
 def _answers_by_step(options: Options, steps: tuple[int, ...], config: TrainConfig) -> tuple[Any, Any, list[int]]:
     """Values, data manifest and seeds of the answers of several checkpoints of a run, a curve per level."""
-    if not steps or (options.checkpoint / "meta.json").exists():
+    if not steps or (location(options.checkpoint) / "meta.json").exists():
         raise ValueError(
             f"steps={steps} picks checkpoints of a run, but checkpoint={str(options.checkpoint)!r} is one of them, or "
             "no step is given; give the folder of the run and at least one step"

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from experiments.files import files_below, is_remote
+
 FORMAT = 1
 
 
@@ -30,7 +32,7 @@ class DamagedCheckpoint(CheckpointError):
 
 def checksums(folder: Path, item: str = "") -> dict[str, list[int]]:
     """Size and CRC-32 of every file, or of those of an item."""
-    files = sorted(path for path in (folder / item).rglob("*") if path.is_file() and path.name != "meta.json")
+    files = sorted(path for path in files_below(folder / item) if path.name != "meta.json")
     names = [path.relative_to(folder).as_posix() for path in files]
     with ThreadPoolExecutor() as pool:
         return dict(zip(names, pool.map(_checksum, files), strict=True))
@@ -47,10 +49,23 @@ def _checksum(path: Path) -> list[int]:
 def write_meta(path: Path, content: dict[str, Any]) -> None:
     """Writes a folder's description, with a checksum of its own; it is on the disk when this returns."""
     text = json.dumps(content, allow_nan=False)
+    text = json.dumps({"crc32": zlib.crc32(text.encode()), "content": content}, indent=1)
+    if is_remote(path):
+        path.write_text(text)
+        return
     with path.open("w", encoding="utf-8") as file:
-        json.dump({"crc32": zlib.crc32(text.encode()), "content": content}, file, indent=1)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """What `write_meta` has written; raises ValueError, KeyError or TypeError if it is damaged, OSError without it."""
+    meta = json.loads(path.read_text(encoding="utf-8"))
+    content: dict[str, Any] = meta["content"]
+    if meta["crc32"] != zlib.crc32(json.dumps(content).encode()):
+        raise ValueError("meta.json was changed")
+    return content
 
 
 def sync(directory: Path) -> None:
@@ -65,16 +80,15 @@ def sync(directory: Path) -> None:
 def verify(folder: Path, item: str = "") -> dict[str, Any]:
     """The content of meta.json, once it and the files of an item (or all) are found to be as written."""
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        content = meta["content"]
-        if meta["crc32"] != zlib.crc32(json.dumps(content).encode()):
-            raise ValueError("meta.json was changed")
+        content = read_meta(folder / "meta.json")
         found = checksums(folder, item)
         for name, written in content["files"].items():
             if name.startswith(item) and found.get(name) != written:
                 now = f"has {found[name][0]} bytes with other content" if name in found else "is missing"
                 raise ValueError(f"{name} of {written[0]} bytes {now}")
     except (ValueError, KeyError, TypeError, OSError) as error:
+        if is_remote(folder) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise CheckpointError(f"{folder} could not be read: {first_line(error)}; start again later") from error
         raise DamagedCheckpoint(folder, first_line(error)) from error
     if content["format"] != FORMAT:
         raise CheckpointError(

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -25,10 +24,11 @@ from experiments import results
 from experiments.checkpoint import Checkpoints
 from experiments.command import make_folder
 from experiments.config import TrainConfig, check, check_mesh
-from experiments.data import Batches, TextData, load, manifest
+from experiments.data import Batches, DataError, TextData, load, manifest, prepare
 from experiments.data.passkey import PasskeyBatches, PasskeyData
 from experiments.data.questions import QuestionBatches, QuestionData
 from experiments.distributed import check_same, is_main, on_main, share
+from experiments.files import absolute, is_remote, write_text
 from experiments.flops import idle_share
 from experiments.metrics import MetricsLog, Throughput
 from experiments.optim import make_optimizer
@@ -136,13 +136,18 @@ class _Run:
         self.train_step = make_train_step(config, self.model, optimizer, schedule, self.places)
         self.eval_step = make_eval_step(self.model)
         # Whatever is wrong with the data shows here, before anything is compiled and before the folder is touched.
+        if isinstance(config.data, TextData) and is_remote(config.data.directory):
+            data = config.data
+            on_main(lambda: prepare(data), (DataError, ValueError, OSError))  # once; the other processes copy it
         self.batches = load_data(config.data, "train")
         self.validation = load_data(config.data, "validation") if config.eval_every else None
         self.validation_start = self.validation.get_state() if self.validation is not None else {}
         check_same("data", [self.batches.get_state(), self.validation_start])
         self.stop = stack.enter_context(stop_signals())  # an interrupt that is raised while XLA compiles can get lost
         self._take_folder(fresh, stack)
-        self.checkpoints = Checkpoints(config.directory / "checkpoints", config.keep)
+        kept = (config.keep, config.keep_every, config.keep_best)
+        self.checkpoints = Checkpoints(config.directory / "checkpoints", *kept, lambda: self.held())
+        stack.callback(self.checkpoints.close)
         self.start, self.state = self._begin(begin, shapes)
         self.log = None
         if is_main():
@@ -163,6 +168,7 @@ class _Run:
         self.skipped = 0  # steps in a row that were left out
         self.said = 0  # the signal that some process has said to all
         self.validation_metrics: dict[str, float] = {}
+        self.validated = 0  # the step of those
 
     def _take_folder(self, fresh: bool, stack: contextlib.ExitStack) -> None:
         """Makes the run's folder, after moving an earlier run aside if asked to, and holds it."""
@@ -172,7 +178,7 @@ class _Run:
             if fresh and directory.is_dir():
                 self._say(f"the earlier run is now in {set_aside(directory)}")
             make_folder(directory, "work_dir")
-            stack.enter_context(only_process(directory))
+            self.held = stack.enter_context(only_process(directory))
 
         on_main(take, (ValueError, BusyError, OSError))
 
@@ -205,7 +211,7 @@ class _Run:
         if along > 1 and config.model.fam_length and not isinstance(config.data, PasskeyData):
             idle = idle_share(config.model, config.data.length, along)
             say(f"the FAM is with one of {along} devices at a time: they are idle for at least {idle:.1%} of a step")
-        say(f"files: {config.directory.resolve()} (checkpoints/, metrics.jsonl, tensorboard/, run.json)")
+        say(f"files: {absolute(config.directory)} (checkpoints/, metrics.jsonl, tensorboard/, run.json)")
         if restored is None:
             say(f"a new run of {config.steps:,} steps")
             state = create()
@@ -261,6 +267,7 @@ class _Run:
                 due = False
             if stopped:
                 break
+        self.checkpoints.wait()
         if step == config.steps:
             stopped = None  # whatever else asked for it, the run is complete
         if stopped:
@@ -311,6 +318,7 @@ class _Run:
         )
         self._say(f"WARNING: step {step:,} is left out: {found}")
         if self.skipped >= SKIPPED_IN_A_ROW:
+            self.checkpoints.wait()
             kept = self.checkpoints.steps()
             where = f"from the last good checkpoint, step {kept[-1]} in {self.checkpoints.directory}, " if kept else ""
             raise NonFiniteError(
@@ -339,6 +347,7 @@ class _Run:
                 total[name] = total.get(name, 0.0) + float(value)  # in float64: many batches lose nothing
         values = means(total)
         self.validation_metrics = {name: values[name] for name in ("loss", "accuracy")}
+        self.validated = step
         if self.log:
             self.log.write(step, "validation", self.validation_metrics)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in self.validation_metrics.items())
@@ -346,8 +355,11 @@ class _Run:
 
     def _save(self, step: int) -> None:
         self.throughput.interrupt()
+        if self.log:
+            self.log.flush()  # a run that goes on from here has all lines before
         position = self.batches.get_state()
-        self.checkpoints.save(step, self.state.params, _rest(self.state), self.config, position)
+        loss = self.validation_metrics["loss"] if self.validated == step else None
+        self.checkpoints.begin(step, self.state.params, _rest(self.state), self.config, position, loss)
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
@@ -379,6 +391,4 @@ def _write_run(config: TrainConfig) -> None:
         "hardware": results.hardware(),
         "versions": results.versions(),
     }
-    target = config.directory / "run.json"
-    target.with_suffix(".tmp").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(target.with_suffix(".tmp"), target)
+    write_text(config.directory / "run.json", json.dumps(content, indent=1) + "\n")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import collections
 import json
-import os
+import shutil
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from experiments.files import as_os_errors, copy_files, files_below, is_remote, location, write_text
 from experiments.typed import to_json
 
 
@@ -21,7 +23,7 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     A last line that was cut off, because the process was killed while it wrote, is left out.
     """
     rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in location(path).read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -29,8 +31,15 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     return rows
 
 
+UPLOAD_SECONDS = 30.0  # between two uploads of metrics to object storage
+
+
 class MetricsLog:
-    """Writes `metrics.jsonl` and `tensorboard/` in a run's folder."""
+    """Writes `metrics.jsonl` and `tensorboard/` in a run's folder.
+
+    In object storage nothing can be appended to: there, both are uploaded whole, now and then, with every checkpoint
+    and at the end.
+    """
 
     def __init__(self, directory: Path, step: int):
         """Opens the files of a run that is at `step`, dropping what an earlier process wrote beyond it.
@@ -41,11 +50,17 @@ class MetricsLog:
         """
         self.path = directory / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= step] if self.path.exists() else []
-        replacement = self.path.with_suffix(".tmp")
-        replacement.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(replacement, self.path)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+        before = "".join(json.dumps(row) + "\n" for row in kept)
+        write_text(self.path, before)
+        self._upload: Path | None = None
+        self._uploaded = time.monotonic()
+        local = directory
+        if is_remote(directory):
+            self._upload, local = directory, Path(tempfile.mkdtemp(prefix="fam-jax-metrics-"))
+            write_text(local / self.path.name, before)
+        self._local = local
+        self._file = (local / self.path.name).open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(local / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
         """Adds one line, numbers that are not finite as null; it is on its way to the disk when this returns."""
@@ -53,11 +68,29 @@ class MetricsLog:
         self._file.flush()
         for name, value in metrics.items():
             self._board.add_scalar(f"{split}/{name}", value, step)
+        if self._upload is not None and time.monotonic() - self._uploaded > UPLOAD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Uploads both if they are in object storage; on a disk, lines are there when they are written."""
+        if self._upload is None:
+            return
+        self._board.flush()
+        self._copy(self._upload)
+        self._uploaded = time.monotonic()
 
     def close(self) -> None:
         """Finishes both."""
         self._file.close()
         self._board.close()
+        if self._upload is not None:
+            self._copy(self._upload)
+            shutil.rmtree(self._local)
+
+    def _copy(self, target: Path) -> None:
+        with as_os_errors(target):
+            names = [path.relative_to(self._local).as_posix() for path in files_below(self._local)]
+            copy_files(self._local, target, names)
 
 
 class Throughput:

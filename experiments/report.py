@@ -21,6 +21,7 @@ from scipy import stats
 
 from experiments import results
 from experiments.command import make_folder, run_command
+from experiments.files import is_remote, location
 from experiments.results import Result, ResultError
 from lime_jax.analysis import plot_matrix
 
@@ -282,8 +283,10 @@ def run(options: Options) -> str:
     base = options.output.parent if options.output else Path.cwd()
     parts = []
     for result, place in zip(loaded, places, strict=True):
-        figure = os.path.relpath(plot(result, place), base)
-        parts.append(section(result, Path(figure).as_posix()))
+        figure = plot(result, place)
+        parts.append(
+            section(result, str(figure) if is_remote(figure) else Path(os.path.relpath(figure, base)).as_posix())
+        )
     return "\n".join(parts)
 
 
@@ -321,9 +324,11 @@ def _heat(kind: Kind, rows: Sequence[Line], axes: Any) -> Any:
 
 
 def _save(figure: Any, path: str | Path) -> Path:
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=150)
+    target = location(path)
+    if not is_remote(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("wb") as file:
+        figure.savefig(file, format=target.suffix[1:], dpi=150)
     return target
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 
 from experiments.command import make_folder
+from experiments.files import is_remote, location, write_text
 from experiments.metrics import read_metrics
 from experiments.typed import to_json
 
@@ -157,6 +158,7 @@ def make_directory(output: Path) -> Path:
     Raises:
         ValueError: it cannot be made, or is named like a result file.
     """
+    output = location(output)
     if output.suffix == ".json":
         raise ResultError(f"output={str(output)!r} names a file; give a folder, and the file's name with --name")
     return make_folder(output, "output")
@@ -173,11 +175,14 @@ def write(result: Result, path: str | Path | None = None) -> Path:
     Returns:
         The file's path. An existing file is replaced.
     """
-    target = Path(path) if path is not None else DIRECTORY
+    target = location(path) if path is not None else DIRECTORY
     if target.suffix != ".json":
         target = target / f"{result.name}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dataclasses.asdict(result), indent=1, allow_nan=False) + "\n"
+    if is_remote(target):
+        write_text(target, text)
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
     # A crash leaves the old file or the new one: the new one appears by renaming within the folder.
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}.", suffix=".tmp")
     try:
@@ -201,7 +206,7 @@ def read(path: str | Path) -> Result:
             schema version is another. The message names the file and the field.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(location(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ResultError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except ValueError as error:
@@ -237,7 +242,7 @@ def find(paths: Sequence[str | Path]) -> list[Path]:
         ResultError: a path does not exist, or a folder holds neither.
     """
     found: list[Path] = []
-    for path in map(Path, paths):
+    for path in map(location, paths):
         inside = _below(path) if path.is_dir() else [path]
         if not path.exists():
             raise ResultError(f"{path}: there is no such file or folder; check the path")
@@ -257,7 +262,7 @@ def read_run(directory: str | Path) -> Result:
     Raises:
         ResultError: one of them is missing or not what `experiments.train` writes.
     """
-    run, log = Path(directory) / "run.json", Path(directory) / "metrics.jsonl"
+    run, log = location(directory) / "run.json", location(directory) / "metrics.jsonl"
     try:
         content = json.loads(run.read_text(encoding="utf-8"))
         rows = read_metrics(log)
@@ -272,14 +277,14 @@ def read_run(directory: str | Path) -> Result:
                     "loss": [row["loss"] for row in mine],
                 }
             )
-        ended = log.stat().st_mtime
+        started, ended = (_changed(path) for path in (run, log))
         return Result(
             kind="training",
             name=f"{content['config']['name']}-training",
             config=content["config"],
             seeds=[content["config"]["seed"]],
             values={"curves": curves},
-            wall_seconds=max(0.0, ended - run.stat().st_mtime),
+            wall_seconds=max(0.0, ended - started),
             data=content["data"],
             command=content["command"],
             commit=content["commit"],
@@ -337,13 +342,18 @@ def versions() -> dict[str, str]:
 
 
 def _below(folder: Path) -> list[Path]:
-    if (folder / "run.json").is_file():
+    if (folder / "run.json").exists():
         # A run: the JSON files of its checkpoints are no results.
         return [folder, *sorted((folder / "results").glob("*.json"))]
     found = sorted(folder.glob("*.json"))
     for inside in sorted(path for path in folder.iterdir() if path.is_dir()):
         found += _below(inside)
     return found
+
+
+def _changed(path: Path) -> float:
+    stat: Any = path.stat()  # epath names it without st_
+    return float(stat.mtime if is_remote(path) else stat.st_mtime)
 
 
 def _git(*arguments: str) -> str:

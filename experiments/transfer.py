@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from experiments.checkpoint import CheckpointError, find_checkpoint, read_arrays
+from experiments.arrays import name_of, read_arrays
+from experiments.checkpoint import CheckpointError, find_checkpoint
 from experiments.config import TrainConfig
 from experiments.typed import differences, to_json
 
@@ -35,7 +35,7 @@ def take_parameters(path: str, config: TrainConfig, params: Any, say: Callable[[
         CheckpointError: There is no such checkpoint, it is damaged, or its model differs in what may not differ; names
             the first such field.
     """
-    folder, meta, theirs = find_checkpoint(Path(path).expanduser())
+    folder, meta, theirs = find_checkpoint(path)
     for field, before, now in differences(to_json(theirs.model), to_json(config.model)):
         if not _FREE.fullmatch(field):
             raise CheckpointError(
@@ -43,7 +43,7 @@ def take_parameters(path: str, config: TrainConfig, params: Any, say: Callable[[
                 "mixing may differ"
             )
     stored = meta["arrays"]["params"]
-    named = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    named = {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     same = {name: leaf for name, leaf in named.items() if stored.get(name) == f"{leaf.dtype}{list(leaf.shape)}"}
     taken = read_arrays(folder, "params", same)
     if "fam_prompt" in stored and "fam_prompt" in named and "fam_prompt" not in same:
@@ -58,8 +58,4 @@ def take_parameters(path: str, config: TrainConfig, params: Any, say: Callable[[
         say(f"  new: {', '.join(fresh)}")
     if left:
         say(f"  not taken over: {', '.join(left)}")
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: taken.get(_name(path), leaf), params)
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: taken.get(name_of(path), leaf), params)

@@ -1,14 +1,17 @@
 """Checkpoints: what comes back, what is kept, and files that are torn, foreign, or cannot be written."""
 
 import dataclasses
+import errno
 import functools
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -77,6 +80,89 @@ def test_keeps_the_latest_and_writes_a_step_once(saved):
 
 def test_nothing_to_restore(tmp_path):
     assert Checkpoints(tmp_path / "new", keep=1).restore(*trees(), tiny(tmp_path)) is None
+
+
+def held(monkeypatch):
+    """Writes wait after the arrays, until the event that is returned."""
+    go = threading.Event()
+
+    def waiting(*args):
+        assert go.wait(60)
+        return integrity.checksums(*args)
+
+    monkeypatch.setattr(checkpoint, "checksums", waiting)
+    return go
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(saved, monkeypatch):
+    folder, config = saved
+    go, update = held(monkeypatch), jax.jit(lambda tree: jax.tree.map(lambda x: x * 3 + 1, tree), donate_argnums=0)
+    big = {"embed": jnp.arange(2_000_000.0)}
+    position = {"rows": [1, 2]}
+    folder.begin(3, big, {"step": jnp.int32(3)}, config, position)
+    for _ in range(3):
+        big = update(big)  # the buffers are used again
+    position["rows"][0] = 7
+    assert folder.steps() == [1, 2]
+    assert (folder.directory / "saving-3").is_dir()
+    go.set()
+    folder.wait()
+    assert folder.steps() == [2, 3]
+    found = folder.restore(big, {"step": jnp.int32(0)}, config)
+    assert_same_bits(found.params, {"embed": jnp.arange(2_000_000.0)})
+    assert found.data == {"rows": [1, 2]}
+
+
+def test_one_is_written_at_a_time(saved, monkeypatch):
+    folder, config = saved
+    go = held(monkeypatch)
+    folder.begin(3, *trees(3), config, {})
+    threading.Timer(0.3, go.set).start()
+    folder.begin(4, *trees(4), config, {})
+    assert 3 in folder.steps()
+    folder.wait()
+    assert folder.steps() == [3, 4]
+    folder.wait()  # nothing is left to wait for
+
+
+@pytest.mark.parametrize("then", ["begin", "wait", "close"])
+def test_a_failure_in_the_background_is_told_later(saved, monkeypatch, capsys, then):
+    folder, config = saved
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "checksums", full)
+        folder.begin(3, *trees(3), config, {})
+        message = r"checkpoint 3 could not be written .*No space left on device.*\(steps: 1, 2\)"
+        if then == "close":  # some other error is on its way
+            folder.close()
+            assert re.search(message, capsys.readouterr().err)
+        else:
+            with pytest.raises(CheckpointError, match=message):
+                folder.begin(4, *trees(4), config, {}) if then == "begin" else folder.wait()
+    assert sorted(path.name for path in folder.directory.iterdir()) == ["1", "2"]
+    folder.save(4, *trees(4), config, {})
+    assert folder.steps() == [2, 4]
+
+
+def test_which_are_kept(tmp_path):
+    config, directory = tiny(tmp_path), tmp_path / "checkpoints"
+    losses = {1: 5.0, 2: 3.0, 3: float("nan"), 4: 3.0, 5: 1.0, 6: None, 7: 2.0, 8: 9.0, 9: 9.0, 10: None}
+
+    def write(steps, **policy):
+        folder = Checkpoints(directory, **policy)
+        folder.restore(*trees(), config)
+        for step in steps:
+            folder.save(step, *trees(step), config, {}, losses[step])
+        return folder.steps()
+
+    assert write([1, 2, 3, 4], keep=1, every=3, best=2) == [2, 3, 4]
+    # 4 is what the second process continued from; 5 and 7 are the best by then.
+    assert write([5, 6, 7, 8], keep=1, every=3, best=2) == [3, 4, 5, 6, 7, 8]
+    assert write([9], keep=1, best=1) == [5, 8, 9]
+    assert write([10], keep=1) == [9, 10]
 
 
 def files(folder: Path) -> list[Path]:
@@ -194,16 +280,19 @@ def test_interrupted_save(saved, monkeypatch, moment):
 
     def kill_at(function, nth):
         def wrapped(*args, **kwargs):
-            calls.append(args)
-            if len(calls) == nth:
+            if len(calls) == nth - 1:
+                for call in calls:
+                    if call is not None:
+                        call.result()  # a process that is killed would not write on
                 raise Killed
-            return function(*args, **kwargs)
+            calls.append(function(*args, **kwargs))
+            return calls[-1]
 
         return wrapped
 
     with monkeypatch.context() as patch:
         if moment == "arrays":
-            patch.setattr(checkpoint.ocp, "save", kill_at(checkpoint.ocp.save, 2))
+            patch.setattr(checkpoint.ocp, "save_async", kill_at(checkpoint.ocp.save_async, 2))
         elif moment == "meta":
             patch.setattr(checkpoint.os, "fsync", kill_at(os.fsync, 1))
         elif moment == "rename":

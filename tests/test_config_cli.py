@@ -166,7 +166,17 @@ def test_passkey_has_no_validation_split(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("seed", -1), ("keep", 0), ("z_loss", -1.0), ("name", "a/b"), ("name", "")]
+    ("field", "value"),
+    [
+        ("seed", -1),
+        ("keep", 0),
+        ("keep_every", 15),
+        ("keep_best", -1),
+        ("keep_best", 1),
+        ("z_loss", -1.0),
+        ("name", "a/b"),
+        ("name", ""),
+    ],
 )
 def test_bad_values(tmp_path, field, value):
     with pytest.raises(ValueError, match=f"TrainConfig.{field}={value!r} is not allowed"):

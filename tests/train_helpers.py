@@ -88,13 +88,15 @@ def environment() -> dict[str, str]:
 
 
 _PROCESS = """
-import json, os, signal, sys
+import json, os, signal, sys, time
 from experiments.config import TrainConfig
 from experiments.typed import from_json
 from experiments.train import train
 
 def kill(step, metrics, state):
     if step == int(sys.argv[2]):
+        while any((config.directory / "checkpoints").glob("saving-*")):
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 
 config = from_json(json.loads(sys.argv[1]), TrainConfig)

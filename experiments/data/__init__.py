@@ -1,7 +1,7 @@
 """Data of the experiments: real text by name, in stream or packed batches, and synthetic tasks."""
 
 from experiments.data.config import TextData
-from experiments.data.loading import Documents, documents, load, manifest
+from experiments.data.loading import Documents, documents, load, manifest, prepare
 from experiments.data.protocol import Batch, Batches, DataError
 from experiments.data.tokenizers import Tokenizer, load_tokenizer
 
@@ -16,4 +16,5 @@ __all__ = [
     "load",
     "load_tokenizer",
     "manifest",
+    "prepare",
 ]

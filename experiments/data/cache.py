@@ -14,7 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from experiments.data.config import local_cache
 from experiments.data.protocol import DataError
+from experiments.files import as_os_errors, copy_files, is_remote
+from experiments.integrity import checksums, read_meta, write_meta
 
 # Errors of the disk, which no second attempt heals.
 DISK_ERRORS = (
@@ -40,13 +43,20 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     `build` fills an empty directory beside `target`, which becomes `target` by one rename when it is done. A
     build that was interrupted in any way leaves no `target`; what it left is removed by the next one.
 
+    In object storage, `target` is complete when it has its `meta.json`, with the checksums of its files.
+
     Args:
       target: the directory; if it exists, it is complete and `build` is not called.
       build: fills the directory that it is given.
 
+    Returns:
+      The directory, or if it is in object storage, a copy of it on this machine.
+
     Raises:
       DataError: the disk is full or not writable. Nothing half-made is kept.
     """
+    if is_remote(target):
+        return _build_remote(target, build)
     if target.is_dir():
         return target
     try:
@@ -74,6 +84,40 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
             "half-made was kept"
         ) from error
     return target
+
+
+def _build_remote(target: Path, build: Callable[[Path], None]) -> Path:
+    """Copies what is there; else builds it here and then copies it there."""
+    marker = target / "meta.json"
+
+    def fill(partial: Path) -> None:
+        if not marker.exists():
+            build(partial)
+            return
+        try:
+            files = read_meta(marker)["files"]
+            copy_files(target, partial, list(files))
+        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+            raise damaged(marker, error) from error
+        for name, found in checksums(partial).items():
+            if found != files[name]:
+                raise damaged(target / name, "it is not what was written")
+
+    local = local_cache() / "remote" / digest(str(target.parent))[:16] / target.name
+    try:
+        with as_os_errors(target):
+            build_once(local, fill)
+            if not marker.exists():
+                files = checksums(local)
+                copy_files(local, target, list(files))
+                write_meta(marker, {"files": files})  # last, so that it is there when all is
+    except OSError as error:
+        said = " ".join(str(error).split())
+        raise DataError(
+            f"{target} could not be read or written: {said}. Check data_dir or FAM_JAX_DATA, the bucket and the role, "
+            "and run the same command again"
+        ) from error
+    return local
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,8 +6,10 @@ import dataclasses
 import os
 from pathlib import Path
 
+from experiments.files import is_remote, location
 from experiments.typed import check_types
 
+CACHE = "~/.cache/fam_jax"
 PG19_URL = "https://storage.googleapis.com"
 
 
@@ -31,8 +33,8 @@ class TextData:
         end after the prompt `[repeat random segment]:`, all within `length` (256 in the paper, section 3.1;
         0: off).
       repeat_weight: loss weight of the repeated tokens.
-      data_dir: where prepared data is kept. None: the environment variable `FAM_JAX_DATA`, or else
-        `~/.cache/fam_jax`.
+      data_dir: where prepared data is kept, also in object storage (`gs://BUCKET/...`), from where each machine makes
+        a copy. None: the environment variable `FAM_JAX_DATA`, or else `~/.cache/fam_jax`.
       tfds_dir: `tfds:NAME` only: where tensorflow-datasets keeps its data. None: its own default.
       tfds_feature: `tfds:NAME` only: the feature that holds the text.
       pg19_url: `pg19` only: the storage server that has the bucket `deepmind-gutenberg`.
@@ -91,10 +93,24 @@ class TextData:
             )
         if not self.repeat_weight >= 0:
             raise ValueError(f"repeat_weight={self.repeat_weight}: must be at least 0")
+        if self.tfds_dir is not None and is_remote(self.tfds_dir):
+            raise ValueError(f"tfds_dir={self.tfds_dir!r}: must be a folder of this machine; copy the dataset there")
         if not self.pg19_url.startswith(("http://", "https://")):
             raise ValueError(f"pg19_url={self.pg19_url!r}: must start with https:// or http://")
 
     @property
     def directory(self) -> Path:
         """Where prepared data is kept."""
-        return Path(self.data_dir or os.environ.get("FAM_JAX_DATA") or "~/.cache/fam_jax").expanduser()
+        return location(self.data_dir or os.environ.get("FAM_JAX_DATA") or CACHE)
+
+    @property
+    def local_directory(self) -> Path:
+        """The same, or if that is in object storage, where its copies are kept on this machine."""
+        found = self.directory
+        return local_cache() if is_remote(found) else found
+
+
+def local_cache() -> Path:
+    """Where data is kept on this machine, whatever a run says."""
+    given = os.environ.get("FAM_JAX_DATA")
+    return Path(CACHE if given is None or is_remote(given) else given).expanduser()

@@ -94,6 +94,15 @@ def manifest(config: TextData) -> dict[str, Any]:
     return dict(_tokens(config).manifest)
 
 
+def prepare(config: TextData) -> str:
+    """Prepares the text and its tokens unless that has been done; returns the hash of the training tokens.
+
+    Raises:
+      DataError: as `load`.
+    """
+    return _tokens(config).sha256["train"]
+
+
 def _tokens(config: TextData) -> Tokens:
     return tokenize(_source(config), load_tokenizer(config.tokenizer), config.directory)
 
@@ -107,5 +116,7 @@ def _source(config: TextData) -> OpensCorpus:
     if kind == "tfds":
         return TfdsSource(argument, config.tfds_dir, config.tfds_feature)
     if kind == "pg19":
-        return pg19.pg19(config.pg19_url, config.directory / "downloads" / "pg19", int(argument) if argument else None)
+        return pg19.pg19(
+            config.pg19_url, config.local_directory / "downloads" / "pg19", int(argument) if argument else None
+        )
     return sources.python_source()

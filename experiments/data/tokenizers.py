@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from experiments.data.protocol import DataError
+from experiments.files import is_remote, location
 from fam_jax.call import check_ids
 
 # What vocabularies call "the text ends here"; a tokenizer.json does not say which of its tokens that is.
@@ -123,13 +124,13 @@ def load_tokenizer(spec: str) -> Tokenizer:
     """
     if spec == "bytes":
         return ByteTokenizer()
-    path = Path(spec).expanduser()
+    path = location(spec)
     if path.suffix not in (".model", ".json"):
         raise DataError(
             f"tokenizer={spec!r}: must be bytes, or the path of a SentencePiece .model or of a Hugging "
             "Face tokenizer.json"
         )
-    if not path.is_file():
+    if not (path.exists() if is_remote(path) else path.is_file()):
         raise DataError(f"tokenizer={spec!r}: there is no such file; check the path")
     return SentencePieceTokenizer(path) if path.suffix == ".model" else HuggingFaceTokenizer(path)
 

@@ -1,0 +1,106 @@
+"""Paths on a disk or in object storage (`gs://BUCKET/...`), and what the two have in common.
+
+Paths on a disk are `pathlib.Path`; those in object storage are `etils.epath.Path`, which has the same methods. There,
+an object appears whole when its upload ends; nothing can be appended to or locked, and folders are only the beginnings
+of names, which cannot be renamed at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SCHEME = re.compile(r"gs:/+")  # pathlib makes one slash of two
+
+
+def is_remote(path: Path | str) -> bool:
+    """Whether a path is in object storage."""
+    return SCHEME.match(os.fspath(path)) is not None
+
+
+def location(path: Path | str) -> Path:
+    """The path that a setting or an option means: `~` is expanded, and `gs://...` becomes an `epath.Path`.
+
+    Raises:
+        ValueError: It is in object storage, for which a package is missing.
+    """
+    text = os.fspath(path)
+    if not is_remote(text):
+        return Path(text).expanduser()
+    if not any(importlib.util.find_spec(name) for name in ("gcsfs", "tensorflow")):
+        raise ValueError(f'{text!r} needs the package gcsfs: pip install -e ".[gcs]"')
+    import fsspec.config
+    from etils import epath
+
+    # Other programs and processes write there, too: what was listed once may have changed.
+    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+    found: Any = epath.Path(SCHEME.sub("gs://", text))
+    return found
+
+
+def absolute(path: Path) -> Path:
+    """The same path from the root; those in object storage are."""
+    return path if is_remote(path) else path.resolve()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all; an existing one is replaced."""
+    if is_remote(path):
+        path.write_text(text)
+        return
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files in a folder and the folders in it."""
+    if not is_remote(folder):
+        yield from (path for path in folder.rglob("*") if path.is_file())
+        return
+    remote: Any = folder
+    for parent, _, names in remote.walk():
+        whole = location(parent if is_remote(parent) else f"gs://{parent}")  # gcsfs leaves the scheme out
+        yield from (whole / name for name in names if name)
+
+
+def remove(folder: Path, first: str | None = None) -> None:
+    """Deletes a folder; in object storage a certain file of it first, without which the rest counts for nothing."""
+    if not is_remote(folder):
+        shutil.rmtree(folder)
+        return
+    remote: Any = folder
+    if first is not None:
+        (remote / first).unlink(missing_ok=True)
+    remote.rmtree(missing_ok=True)
+
+
+def copy_files(source: Path, target: Path, names: list[str]) -> None:
+    """Copies files from one folder to another, between a disk and object storage."""
+    for name in names:
+        if not is_remote(target):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+        with (source / name).open("rb") as old, (target / name).open("wb") as new:
+            shutil.copyfileobj(old, new, 1 << 22)
+
+
+@contextlib.contextmanager
+def as_os_errors(path: Path) -> Iterator[None]:
+    """Raises what the clients of object storage raise as OSError, which they do for part of it only."""
+    try:
+        yield
+    except Exception as error:
+        if not is_remote(path) or isinstance(error, OSError) or not _is_of_client(error):
+            raise
+        raise OSError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def _is_of_client(error: Exception) -> bool:
+    modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    return bool(modules & {"gcsfs", "google", "aiohttp", "requests", "tensorflow"})
