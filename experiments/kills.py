@@ -69,7 +69,7 @@ class Options:
     """
 
     kills: int = 20
-    steps_per_kill: int = 20
+    steps_per_kill: int = 40
     checkpoint_every: int = 4
     seed: int = 0
     output: Path = results.DIRECTORY
@@ -274,7 +274,8 @@ def measure(options: Options, work: Path) -> dict[str, Any]:
             if number == options.kills:
                 killed.finish(killed.start())
             else:
-                target = int(rng.integers(step + 1, step + options.steps_per_kill - options.checkpoint_every))
+                share = (options.steps - step) // (options.kills - number + 1)  # of the steps that are left
+                target = step + int(rng.integers(1, max(2, share - options.checkpoint_every)))
                 delay = float(rng.uniform(0, 0.02))
                 if when == ANYWHERE and rng.random() < STARTING:
                     target, delay = 0, float(rng.uniform(0, start_seconds))
@@ -361,8 +362,9 @@ def main() -> int:
         return 1 if isinstance(error, KillsError) else 2
     values = result.values
     print(
-        f"{options.kills} kills, {values['while_saving']} of them while a checkpoint was being written: every resume went "
-        f"on bit for bit ({values['lines_compared']:,} lines of metrics and {len(values['arrays'])} arrays compared)"
+        f"{options.kills} kills, {values['while_saving']} of them while a checkpoint was being written: every resume "
+        "went on bit for bit "
+        f"({values['lines_compared']:,} lines of metrics and {len(values['arrays'])} arrays compared)"
     )
     print(f"wrote {file}")
     return 0
