@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from train_helpers import assert_same_bits
 
 from experiments.checkpoint import Checkpoints
@@ -79,30 +80,6 @@ def random_state(shapes):
     return jax.tree.map(draw, shapes)
 
 
-def gathered(state):
-    """On the host, keys as numbers."""
-
-    def get(leaf):
-        key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return np.asarray(jax.random.key_data(leaf) if key else leaf)
-
-    return jax.tree.map(get, state)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """The state, gathered; and for each mesh a folder in which it was saved from there."""
-    assert jax.device_count() == 8
-    state, folders = random_state(shapes_of("one device")[1]), {}
-    for number, layout in enumerate(MESHES):
-        mesh, shapes = shapes_of(layout)
-        placed = jax.tree.map(lambda leaf, shape: jax.device_put(leaf, shape.sharding), state, shapes)
-        folders[layout] = tmp_path_factory.mktemp(f"mesh-{number}")
-        with jax.set_mesh(mesh):
-            Checkpoints(folders[layout], keep=1).save(1, placed.params, rest_of(placed), config_of(layout), {})
-    return gathered(state), folders
-
-
 @functools.cache
 def logits_of(layout):
     """The jitted decoder on a mesh: (params, tokens, stream) -> logits."""
@@ -114,20 +91,56 @@ def logits_of(layout):
     return jax.jit(logits)
 
 
+def save(folder, layout):
+    """Saves that state from the mesh of a layout."""
+    mesh, shapes = shapes_of(layout)
+    state = random_state(shapes)
+    with jax.set_mesh(mesh):
+        placed = jax.jit(lambda: state, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes))()
+        Checkpoints(folder, keep=1).save(1, placed.params, rest_of(placed), config_of(layout), {})
+
+
+def restore(folder, layout):
+    """The state in a folder, on the mesh of a layout, and logits of it."""
+    mesh, shapes = shapes_of(layout)
+    tokens = np.random.default_rng(1).integers(0, MODEL.vocab_size, (8, 32))
+    with jax.set_mesh(mesh):
+        found = Checkpoints(folder, keep=1).restore(shapes.params, rest_of(shapes), config_of(layout))
+        state = dataclasses.replace(shapes, params=found.params, **found.rest)
+        places = jax.tree.map(lambda leaf: leaf.sharding, (state, shapes))
+        assert places[0] == places[1]
+        return state, logits_of(layout)(state.params, tokens, state.stream)
+
+
+def gathered(state):
+    """On the host, keys as numbers."""
+
+    def get(leaf):
+        key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return np.asarray(multihost_utils.process_allgather(jax.random.key_data(leaf) if key else leaf, tiled=True))
+
+    return jax.tree.map(get, state)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The state, gathered; and for each mesh a folder in which it was saved from there."""
+    assert jax.device_count() == 8
+    state, folders = random_state(shapes_of("one device")[1]), {}
+    for number, layout in enumerate(MESHES):
+        folders[layout] = tmp_path_factory.mktemp(f"mesh-{number}")
+        save(folders[layout], layout)
+    return gathered(state), folders
+
+
 @pytest.mark.parametrize("after", MESHES)
 def test_every_mesh_restores_what_every_other_has_saved(saved, after):
     state, folders = saved
-    tokens = np.random.default_rng(1).integers(0, MODEL.vocab_size, (8, 32))
-    params, stream = jax.tree.map(jnp.asarray, (state.params, state.stream))
-    wanted = logits_of("one device")(params, tokens, stream)
-    mesh, shapes = shapes_of(after)
+    wanted = None
     for folder in folders.values():
-        with jax.set_mesh(mesh):
-            found = Checkpoints(folder, keep=1).restore(shapes.params, rest_of(shapes), config_of(after))
-            assert_same_bits(gathered(found.params), state.params)
-            assert_same_bits(gathered(found.rest), rest_of(state))
-            places = jax.tree.map(lambda leaf: leaf.sharding, (found.params, found.rest))
-            assert places == jax.tree.map(lambda leaf: leaf.sharding, (shapes.params, rest_of(shapes)))
-            logits = logits_of(after)(found.params, tokens, found.rest["stream"])
+        found, logits = restore(folder, after)
+        assert_same_bits(gathered(found), state)
+        if wanted is None:
+            wanted = np.asarray(restore(folder, "one device")[1])
         difference = np.max(np.abs(np.asarray(logits) - wanted)) / np.max(np.abs(wanted))
         assert difference <= 1e-5, folder
