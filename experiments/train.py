@@ -20,7 +20,7 @@ from experiments import configs, distributed
 from experiments.checkpoint import CheckpointError
 from experiments.command import run_command
 from experiments.config import TrainConfig, check
-from experiments.distributed import LOST_STATUS, DistributedError
+from experiments.distributed import LOST_STATUS, PATIENCE, DistributedError
 from experiments.loop import NonFiniteError, TrainResult, load_data, train
 from experiments.process import BusyError
 
@@ -53,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("num-processes", int, "N", None, "how many there are"),
         ("process-id", int, "I", None, "which one this is, from 0"),
         ("timeout", int, "SECONDS", 300, "to wait for the others at the start (default: 300)"),
+        ("patience", int, "SECONDS", PATIENCE, f"to wait for one that is stuck, later on (default: {PATIENCE})"),
     ):
         option = f"--distributed.{name}"
         several.add_argument(
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = parse_config(known.config, overrides)
         check(config)
-        distributed.start(known.coordinator, known.num_processes, known.process_id, known.timeout)
+        distributed.start(known.coordinator, known.num_processes, known.process_id, known.timeout, known.patience)
     except (ValueError, DistributedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
