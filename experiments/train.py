@@ -89,17 +89,18 @@ def _train(config: TrainConfig, fresh: bool, given: list[str]) -> int:
     """Trains; returns the exit status."""
     try:
         result = train(config, fresh=fresh)
-    except ValueError as error:
+    except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
+        # A collective that fails in a compiled program is a JaxRuntimeError, one of Orbax's or JAX's own a ValueError.
+        if jax.process_count() > 1 and distributed.is_loss(error):
+            distributed.warn_lost(error)
+            return LOST_STATUS
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            raise
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (CheckpointError, NonFiniteError, BusyError, DistributedError, OSError) as error:
+        return 2 if isinstance(error, ValueError) else 1
+    except (CheckpointError, NonFiniteError, BusyError, DistributedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or not distributed.is_loss(error):
-            raise
-        distributed.warn_lost(error)
-        return LOST_STATUS
     again = shlex.join(["python", "-m", "experiments.train", *(word for word in given if word != "--fresh")])
     if distributed.is_main():
         ended = f"done; next: python -m experiments.evaluate --checkpoint {result.directory}"
