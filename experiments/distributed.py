@@ -6,13 +6,15 @@ finds out alone it shares, so that all go on alike or fail alike.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import sys
 import threading
+import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -21,7 +23,12 @@ from jax.experimental import multihost_utils
 
 T = TypeVar("T")
 HEARTBEAT_SECONDS = 30  # after which a process that is not heard of is taken for dead
+PATIENCE = 3600  # seconds to wait for the others, once all are there
 LOST_STATUS = 134  # exit status of a process that ends because another has: that of an abort, as JAX itself ends
+
+
+_patience: float = PATIENCE  # of this process
+_giving_up = threading.Lock()
 
 
 class DistributedError(RuntimeError):
@@ -33,6 +40,7 @@ def start(
     num_processes: int | None = None,
     process_id: int | None = None,
     timeout: int = 300,
+    patience: int = PATIENCE,
 ) -> None:
     """Joins this process to its job; must come before anything else that JAX does.
 
@@ -44,11 +52,14 @@ def start(
         num_processes: How many there are.
         process_id: Which one this is, from 0.
         timeout: Seconds to wait for the others; then the process ends, with status 1.
+        patience: Seconds of every later wait, see `waiting`.
 
     Raises:
         ValueError: Some arguments are given, but not all, or they are wrong.
         DistributedError: JAX cannot join them.
     """
+    global _patience
+    _patience = patience
     if num_processes == 1 and coordinator is None and process_id is None:
         return
     given = {"coordinator": coordinator, "num-processes": num_processes, "process-id": process_id}
@@ -101,6 +112,60 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Inside, this process waits for the others; one that is there but stuck does not hold up the job for ever.
+
+    After `patience` seconds the process ends with LOST_STATUS and says which processes do not wait with it. Those that
+    are gone are noticed without this, after HEARTBEAT_SECONDS.
+
+    Args:
+        what: What it waits for, for the message.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    # What is waited for is in code that nothing can interrupt, so it is another thread that gives up.
+    alarm = threading.Timer(_patience, _give_up, (what, _patience))
+    alarm.daemon = True
+    alarm.start()
+    try:
+        yield
+    finally:
+        alarm.cancel()
+
+
+def _give_up(what: str, seconds: float) -> None:
+    """Ends the process, whose others do not come."""
+    if not _giving_up.acquire(blocking=False):
+        return  # of waits inside one another the outer one speaks
+    number, count = jax.process_index(), jax.process_count()
+    found: dict[int, str] = {}
+    with contextlib.suppress(Exception):  # whatever fails here, the process ends and says so
+        from jax._src import distributed  # the store of the coordinator has no public name
+
+        store: Any = distributed.global_state.client
+        store.key_value_set(f"waiting/{number}", what, allow_overwrite=True)
+        time.sleep(min(30.0, seconds))  # for the others, who may have begun to wait a little later
+        found = {int(key.rpartition("/")[2]): value for key, value in store.key_value_dir_get("waiting/")}
+    stuck = [other for other in range(count) if other not in found]
+    if not found:
+        who = "The coordinator, process 0, does not answer: look there first"
+    elif stuck:
+        names = f"process{'es' * (len(stuck) > 1)} {', '.join(map(str, stuck))}"
+        who = f"Stuck elsewhere: {names}; look there first, at the end of the log and with py-spy dump --pid PID"
+    else:
+        who = "All processes wait: check that the network between them lets everything through"
+    other = "".join(f"; process {n} waits for {text}" for n, text in sorted(found.items()) if text != what)
+    print(
+        f"error: process {number} of {count} has waited {seconds:,.0f} s for {what}. {who}{other}. Start the same "
+        "command again on all; --distributed.patience SECONDS waits longer",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(LOST_STATUS)
+
+
 def share(value: Any) -> Any:
     """The main process's value on all processes; waits for them.
 
@@ -110,11 +175,12 @@ def share(value: Any) -> Any:
     if jax.process_count() == 1:
         return value
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
-    padded = np.zeros(size, np.uint8)
-    if is_main():
-        padded[:] = data
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes())
+    with waiting("the others, to tell them what it has found" if is_main() else "process 0, to hear what it has found"):
+        size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
+        padded = np.zeros(size, np.uint8)
+        if is_main():
+            padded[:] = data
+        return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes())
 
 
 def on_main(action: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
@@ -150,7 +216,8 @@ def check_same(what: str, value: Any) -> None:
     if jax.process_count() == 1:
         return
     mark = np.uint32(zlib.crc32(json.dumps(value, sort_keys=True).encode()))
-    found = np.asarray(multihost_utils.process_allgather(mark))
+    with waiting(f"all to compare their {what}"):
+        found = np.asarray(multihost_utils.process_allgather(mark))
     for number, other in enumerate(found):
         if other != found[0]:
             raise DistributedError(

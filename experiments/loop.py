@@ -27,7 +27,7 @@ from experiments.config import TrainConfig, check, check_mesh
 from experiments.data import Batches, DataError, TextData, load, manifest, prepare
 from experiments.data.passkey import PasskeyBatches, PasskeyData
 from experiments.data.questions import QuestionBatches, QuestionData
-from experiments.distributed import check_same, is_main, on_main, share
+from experiments.distributed import check_same, is_main, on_main, share, waiting
 from experiments.files import absolute, is_remote, write_text
 from experiments.flops import idle_share
 from experiments.metrics import MetricsLog, Throughput
@@ -189,7 +189,8 @@ class _Run:
     def _begin(self, create: Callable[[], TrainState], shapes: TrainState) -> tuple[int, TrainState]:
         """The step and state to go on from; also says what this run is and writes run.json."""
         config, say = self.config, self._say
-        restored = self.checkpoints.restore(shapes.params, _rest(shapes), config)
+        with waiting("all to read the checkpoint"):
+            restored = self.checkpoints.restore(shapes.params, _rest(shapes), config)
         if restored is not None:
             self.batches.set_state(restored.data)  # refuses other data, before run.json would name it
         size = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
@@ -238,7 +239,8 @@ class _Run:
         for step in range(self.start + 1, config.steps + 1):
             batch = next(self.batches)
             placed = shard_batch(config, self.mesh, batch) | self._ask_to_stop()
-            self.state, metrics = self.train_step(self.state, placed)
+            with waiting(f"step {step}"):
+                self.state, metrics = self.train_step(self.state, placed)
             if pending:
                 self._settle(*pending)
             pending = (step, metrics, batch["tokens"].size)
@@ -267,7 +269,8 @@ class _Run:
                 due = False
             if stopped:
                 break
-        self.checkpoints.wait()
+        with waiting("the last checkpoint"):
+            self.checkpoints.wait()
         if step == config.steps:
             stopped = None  # whatever else asked for it, the run is complete
         if stopped:
@@ -298,7 +301,8 @@ class _Run:
 
     def _settle(self, step: int, metrics: dict[str, jax.Array], tokens: int) -> None:
         """Fetches a step's metrics, waiting for the step to end, and shows them."""
-        self.metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        with waiting(f"step {step}"):
+            self.metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.said = int(self.metrics.pop("stop", 0))
         self.throughput.step(tokens)
         rate = self.throughput.rate
@@ -318,7 +322,8 @@ class _Run:
         )
         self._say(f"WARNING: step {step:,} is left out: {found}")
         if self.skipped >= SKIPPED_IN_A_ROW:
-            self.checkpoints.wait()
+            with waiting("the last checkpoint"):
+                self.checkpoints.wait()
             kept = self.checkpoints.steps()
             where = f"from the last good checkpoint, step {kept[-1]} in {self.checkpoints.directory}, " if kept else ""
             raise NonFiniteError(
@@ -343,7 +348,9 @@ class _Run:
         for _ in range(self.config.eval_steps):
             batch = shard_batch(self.config, self.mesh, next(self.validation))
             sums, stream = self.eval_step(self.state.params, batch, stream)
-            for name, value in jax.device_get(sums).items():
+            with waiting(f"the evaluation after step {step}"):
+                found = jax.device_get(sums)
+            for name, value in found.items():
                 total[name] = total.get(name, 0.0) + float(value)  # in float64: many batches lose nothing
         values = means(total)
         self.validation_metrics = {name: values[name] for name in ("loss", "accuracy")}
@@ -357,9 +364,10 @@ class _Run:
         self.throughput.interrupt()
         if self.log:
             self.log.flush()  # a run that goes on from here has all lines before
-        position = self.batches.get_state()
+        position, rest = self.batches.get_state(), _rest(self.state)
         loss = self.validation_metrics["loss"] if self.validated == step else None
-        self.checkpoints.begin(step, self.state.params, _rest(self.state), self.config, position, loss)
+        with waiting(f"the checkpoint before that of step {step}"):
+            self.checkpoints.begin(step, self.state.params, rest, self.config, position, loss)
 
 
 def _rest(state: TrainState) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from experiments import configs, distributed
 from experiments.checkpoint import CheckpointError
 from experiments.command import run_command
 from experiments.config import TrainConfig, check
-from experiments.distributed import LOST_STATUS, DistributedError
+from experiments.distributed import LOST_STATUS, PATIENCE, DistributedError
 from experiments.loop import NonFiniteError, TrainResult, load_data, train
 from experiments.process import BusyError
 
@@ -53,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("num-processes", int, "N", None, "how many there are"),
         ("process-id", int, "I", None, "which one this is, from 0"),
         ("timeout", int, "SECONDS", 300, "to wait for the others at the start (default: 300)"),
+        ("patience", int, "SECONDS", PATIENCE, f"to wait for one that is stuck, later on (default: {PATIENCE})"),
     ):
         option = f"--distributed.{name}"
         several.add_argument(
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = parse_config(known.config, overrides)
         check(config)
-        distributed.start(known.coordinator, known.num_processes, known.process_id, known.timeout)
+        distributed.start(known.coordinator, known.num_processes, known.process_id, known.timeout, known.patience)
     except (ValueError, DistributedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
@@ -88,17 +89,18 @@ def _train(config: TrainConfig, fresh: bool, given: list[str]) -> int:
     """Trains; returns the exit status."""
     try:
         result = train(config, fresh=fresh)
-    except ValueError as error:
+    except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
+        # A collective that fails in a compiled program is a JaxRuntimeError, one of Orbax's or JAX's own a ValueError.
+        if jax.process_count() > 1 and distributed.is_loss(error):
+            distributed.warn_lost(error)
+            return LOST_STATUS
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            raise
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (CheckpointError, NonFiniteError, BusyError, DistributedError, OSError) as error:
+        return 2 if isinstance(error, ValueError) else 1
+    except (CheckpointError, NonFiniteError, BusyError, DistributedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or not distributed.is_loss(error):
-            raise
-        distributed.warn_lost(error)
-        return LOST_STATUS
     again = shlex.join(["python", "-m", "experiments.train", *(word for word in given if word != "--fresh")])
     if distributed.is_main():
         ended = f"done; next: python -m experiments.evaluate --checkpoint {result.directory}"

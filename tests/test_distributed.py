@@ -21,7 +21,7 @@ from experiments.typed import to_json
 
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
-_PROCESS = """
+PROCESS = """
 import json, sys
 from experiments import configs
 from experiments.config import TrainConfig
@@ -43,7 +43,7 @@ def tiny_job(tmp_path, name="job", **changes):
 class Job:
     """Processes of one job, each with some devices; `configs` has one config for all, or one for each."""
 
-    def __init__(self, folder, configs, count=2, devices=1, options=(), folders=None):
+    def __init__(self, folder, configs, count=2, devices=1, options=(), folders=None, program=PROCESS):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -52,7 +52,7 @@ class Job:
         self.processes = []
         for number, config in enumerate(configs):
             where = ["--distributed.coordinator", f"127.0.0.1:{port}", "--distributed.num-processes", str(count)]
-            command = [sys.executable, "-c", _PROCESS, json.dumps(to_json(config)), *where]
+            command = [sys.executable, "-c", program, json.dumps(to_json(config)), *where]
             command += ["--distributed.process-id", str(number), *options]
             with self.logs[number].open("w") as log:
                 self.processes.append(
@@ -119,12 +119,13 @@ def test_two_and_then_four_processes_are_as_one(tmp_path):
         np.testing.assert_allclose(b, a, atol=1e-4)
 
 
-def test_a_signal_at_one_process_stops_all_at_one_step(tmp_path):
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_signal_at_one_process_stops_all_at_one_step(tmp_path, victim):
     config = tiny_job(tmp_path, steps=10_000)
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, decay_steps=10_000))
     job = Job(tmp_path, config)
     job.wait_for_step(config, 3)
-    job.processes[1].send_signal(signal.SIGTERM)
+    job.processes[victim].send_signal(signal.SIGTERM)
     assert job.wait() == [143, 143], job.text()
     found = restore(config)
     assert f"stopped by SIGTERM after step {found.step}" in job.text()

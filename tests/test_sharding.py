@@ -19,9 +19,9 @@ from lime_jax import LimeConfig
 FILES = ["eight_devices.py", "eight_devices_sequence.py"]
 
 
-def eight_devices(*arguments):
+def eight_devices(*arguments, files=FILES):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES, *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, *arguments]
     done = subprocess.run(
         command, cwd=ROOT / "tests", env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True
     )
