@@ -29,7 +29,7 @@ from experiments.data import Batches, TextData, load, manifest
 from experiments.data.passkey import PasskeyBatches, PasskeyData
 from experiments.data.questions import QuestionBatches, QuestionData
 from experiments.distributed import check_same, is_main, on_main, share
-from experiments.flops import idle_share
+from experiments.flops import idle_share, step_flops
 from experiments.metrics import MetricsLog, Throughput
 from experiments.optim import make_optimizer
 from experiments.process import BusyError, only_process, set_aside, stop_signals
@@ -158,7 +158,8 @@ class _Run:
                 mininterval=0.2 if sys.stderr.isatty() else 30.0,
             )
         )
-        self.throughput = Throughput()
+        operations = functools.partial(step_flops, config.model, config.stream)
+        self.throughput = Throughput(operations, jax.devices()[0].device_kind, self.mesh.size)
         self.metrics: dict[str, float] = {}
         self.skipped = 0  # steps in a row that were left out
         self.said = 0  # the signal that some process has said to all
@@ -235,7 +236,7 @@ class _Run:
             self.state, metrics = self.train_step(self.state, placed)
             if pending:
                 self._settle(*pending)
-            pending = (step, metrics, batch["tokens"].size)
+            pending = (step, metrics, batch["tokens"].shape)
             last, stopped = step == config.steps, self._stopped_by()
             log = last or _due(step, config.log_every)
             evaluate = _due(step, config.eval_every) or (last and config.eval_every)
@@ -249,9 +250,7 @@ class _Run:
                 extra: dict[str, float] = {}
                 if hasattr(self.batches, "observe"):
                     extra["length"] = batch["tokens"].shape[1]
-                if self.throughput.rate:
-                    extra["tokens_per_second"] = self.throughput.rate
-                self.log.write(step, "train", {**self.metrics, **extra})
+                self.log.write(step, "train", {**self.metrics, **extra, **self.throughput.rates})
             if evaluate:
                 self._evaluate(step)
             if lockstep and self._observe(step):
@@ -289,18 +288,15 @@ class _Run:
             return self.stop.name
         return signal.Signals(self.said).name if self.said else None
 
-    def _settle(self, step: int, metrics: dict[str, jax.Array], tokens: int) -> None:
+    def _settle(self, step: int, metrics: dict[str, jax.Array], shape: tuple[int, int]) -> None:
         """Fetches a step's metrics, waiting for the step to end, and shows them."""
         self.metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.said = int(self.metrics.pop("stop", 0))
-        self.throughput.step(tokens)
-        rate = self.throughput.rate
+        self.throughput.step(*shape)
         shown = f"loss {self.metrics['loss']:.4f}"
         if hasattr(self.batches, "observe"):
             shown += f", exact match {self.metrics['exact_match']:.2f}"
-        if rate:
-            shown += f", {rate:,.0f} tokens/s"
-        self.bar.set_postfix_str(shown, refresh=False)
+        self.bar.set_postfix_str(", ".join(filter(None, (shown, str(self.throughput)))), refresh=False)
         self.bar.update(step - self.bar.n)
         if not self.metrics["skipped"]:
             self.skipped = 0
