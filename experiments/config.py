@@ -18,7 +18,7 @@ from fam_jax import DecoderConfig, MeshConfig
 
 # What may differ when a run is continued; the trainer prints what does. Everything else makes it another run.
 MAY_CHANGE = re.compile(
-    r"name|steps|eval_every|eval_steps|checkpoint_every|keep|log_every|work_dir|accumulate|z_loss|optim\.(?!optimizer).*"
+    r"name|steps|eval_every|eval_steps|checkpoint_every|keep|log_every|profile|work_dir|accumulate|z_loss|optim\.(?!optimizer).*"
     r"|model\.(schedule|remat|scan_layers|sharding\..*)|mesh\..*|data\.(data_dir|tfds_dir)"
 )
 
@@ -47,6 +47,7 @@ class TrainConfig:
             memory or mixing: FAM is added to a trained model so, or its length changed.
         work_dir: Folder of checkpoints, metrics and the config; None is `runs/NAME`.
         mesh: How the devices are used; what goes over which of its axes is `model.sharding`.
+        profile: First and last step of a trace that goes to `profile/` in the run's folder, e.g. 10 12.
     """
 
     name: str
@@ -65,6 +66,7 @@ class TrainConfig:
     init_from: str | None = None
     work_dir: str | None = None
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    profile: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -82,6 +84,11 @@ class TrainConfig:
             value, least = getattr(self, field), minimum.get(field, 0)
             if value < least:
                 raise ValueError(f"TrainConfig.{field}={value!r} is not allowed; it must be at least {least}")
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1] <= self.steps:
+            raise ValueError(
+                f"TrainConfig.profile={self.profile!r} is not allowed; give the first and the last step, between 1 and "
+                f"steps={self.steps}"
+            )
         if self.seed >= 2**63:
             raise ValueError(f"TrainConfig.seed={self.seed} is not allowed; it must be below 2**63")
         if self.data.batch_size % self.accumulate:

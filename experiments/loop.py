@@ -33,6 +33,7 @@ from experiments.flops import idle_share, step_flops
 from experiments.metrics import MetricsLog, Throughput
 from experiments.optim import make_optimizer
 from experiments.process import BusyError, only_process, set_aside, stop_signals
+from experiments.profiling import Profiler
 from experiments.step import (
     CHECKED,
     TrainState,
@@ -160,6 +161,9 @@ class _Run:
         )
         operations = functools.partial(step_flops, config.model, config.stream)
         self.throughput = Throughput(operations, jax.devices()[0].device_kind, self.mesh.size)
+        self.profiler = stack.enter_context(
+            contextlib.closing(Profiler(config.profile, config.directory / "profile", self._say))
+        )
         self.metrics: dict[str, float] = {}
         self.skipped = 0  # steps in a row that were left out
         self.said = 0  # the signal that some process has said to all
@@ -233,7 +237,7 @@ class _Run:
         for step in range(self.start + 1, config.steps + 1):
             batch = next(self.batches)
             placed = shard_batch(config, self.mesh, batch) | self._ask_to_stop()
-            self.state, metrics = self.train_step(self.state, placed)
+            self.state, metrics = self.profiler.run(step, self.train_step, self.state, placed)
             if pending:
                 self._settle(*pending)
             pending = (step, metrics, batch["tokens"].shape)
