@@ -98,7 +98,7 @@ def model_config(options: Options, layers: int, mixing: MixingConfig | None) -> 
         head_dim=options.width // options.heads,
         d_ff=4 * options.width,
         mixing=mixing,
-        remat=options.remat,
+        remat="full" if options.remat else "none",
         scan_layers=options.scan,
     )
 

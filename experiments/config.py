@@ -19,7 +19,8 @@ from fam_jax import DecoderConfig, MeshConfig
 
 # What may differ when a run is continued; the trainer prints what does. Everything else makes it another run.
 MAY_CHANGE = re.compile(
-    r"name|steps|eval_every|eval_steps|checkpoint_every|keep(_every|_best)?|log_every|work_dir|accumulate|z_loss|optim\.(?!optimizer).*"
+    r"name|steps|eval_every|eval_steps|checkpoint_every|keep(_every|_best)?|log_every|profile|work_dir|accumulate|z_loss"
+    r"|optim\.(?!optimizer).*"
     r"|model\.(schedule|remat|scan_layers|sharding\..*)|mesh\..*|data\.(data_dir|tfds_dir)"
 )
 
@@ -52,6 +53,7 @@ class TrainConfig:
         work_dir: Folder of checkpoints, metrics and the config, also in object storage (`gs://BUCKET/...`); None is
             `runs/NAME`.
         mesh: How the devices are used; what goes over which of its axes is `model.sharding`.
+        profile: First and last step of a trace that goes to `profile/` in the run's folder, e.g. 10 12.
     """
 
     name: str
@@ -72,6 +74,7 @@ class TrainConfig:
     init_from: str | None = None
     work_dir: str | None = None
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    profile: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -100,6 +103,11 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig.keep_best={self.keep_best} is not allowed; checkpoint_every={self.checkpoint_every} must "
                 f"be a multiple of eval_every={self.eval_every}, so that each has a validation loss"
+            )
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1] <= self.steps:
+            raise ValueError(
+                f"TrainConfig.profile={self.profile!r} is not allowed; give the first and the last step, between 1 and "
+                f"steps={self.steps}"
             )
         if self.seed >= 2**63:
             raise ValueError(f"TrainConfig.seed={self.seed} is not allowed; it must be below 2**63")

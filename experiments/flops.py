@@ -5,6 +5,7 @@ percent. XLA's own `cost_analysis` counts the body of a loop once and is of no u
 in a block, m segments, N FAM rows, H query and G key/value heads of width k, d model width, e feed-forward width.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -125,7 +126,7 @@ def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:
                 yield item
 
 
-def forward_flops(config: DecoderConfig, batch: int, length: int, *, useful: bool = False) -> int:
+def forward_flops(config: DecoderConfig, batch: int, length: int, *, useful: bool = False, read: int = 0) -> int:
     """Operations of one call of the decoder without a state, logits included: the closed formula.
 
     Per layer, with P = 2dHk + 2dGk + 3de weights, a row of tokens, FAM or prompt costs 2P, and a pair of query and key
@@ -138,6 +139,7 @@ def forward_flops(config: DecoderConfig, batch: int, length: int, *, useful: boo
         useful: False counts what the program computes: whole blocks, and all scores of a token with its block, m
             segments and N FAM rows, masked or not. True, for the utilisation of a device, only what the model needs:
             keys that a token sees, blocks that are full, and layers that a router may read.
+        read: Tokens of each row's document, whole blocks, that earlier calls have read: what is useful sees them, too.
 
     Raises:
         ValueError: There is no formula for the mixing.
@@ -146,7 +148,7 @@ def forward_flops(config: DecoderConfig, batch: int, length: int, *, useful: boo
     block = memory.block_size if memory else length
     if useful:
         tokens, updates = batch * length, batch * (length // block)
-        token_pairs = batch * _visible(config, length) + tokens * fam
+        token_pairs = batch * _visible(config, length, read) + tokens * fam
     else:
         blocks = -(-length // block)
         tokens, updates = batch * blocks * min(length, block), batch * blocks
@@ -180,14 +182,32 @@ def idle_share(config: DecoderConfig, length: int, devices: int) -> float:
     return 1 - whole / (whole + (devices - 1) * fam)
 
 
-def train_flops(config: DecoderConfig, batch: int, length: int, *, useful: bool = False) -> int:
+def train_flops(config: DecoderConfig, batch: int, length: int, *, useful: bool = False, read: int = 0) -> int:
     """Three times `forward_flops`: for each product, its gradient takes two more. Nothing is computed again."""
-    return 3 * forward_flops(config, batch, length, useful=useful)
+    return 3 * forward_flops(config, batch, length, useful=useful, read=read)
 
 
-def _visible(config: DecoderConfig, length: int) -> int:
-    """Tokens that the tokens of a document see, summed over the document."""
-    position = np.arange(length, dtype=np.int64)
+@functools.cache
+def step_flops(config: DecoderConfig, stream: bool, batch: int, length: int) -> int | None:
+    """Operations that a training step needs, by which its utilisation is measured; None if there is no formula.
+
+    Args:
+        config: The decoder's.
+        stream: Rows go on from step to step, so that all segments are there; documents that begin on the way are not
+            looked for.
+        batch: Rows of the step.
+        length: Tokens of a row.
+    """
+    read = config.segments * config.memory.block_size if stream and config.memory else 0
+    try:
+        return train_flops(config, batch, length, useful=True, read=read)
+    except ValueError:
+        return None
+
+
+def _visible(config: DecoderConfig, length: int, read: int) -> int:
+    """Tokens that the tokens of a document see, summed over those that come after `read` of them."""
+    position = read + np.arange(length, dtype=np.int64)
     seen = position + 1
     if config.memory is not None:
         block = config.memory.block_size

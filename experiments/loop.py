@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import signal
 import sys
@@ -20,19 +19,19 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from experiments import results
 from experiments.checkpoint import Checkpoints
 from experiments.command import make_folder
 from experiments.config import TrainConfig, check, check_mesh
-from experiments.data import Batches, DataError, TextData, load, manifest, prepare
+from experiments.data import Batches, DataError, TextData, load, prepare
 from experiments.data.passkey import PasskeyBatches, PasskeyData
 from experiments.data.questions import QuestionBatches, QuestionData
 from experiments.distributed import check_same, is_main, on_main, share, waiting
-from experiments.files import absolute, is_remote, write_text
-from experiments.flops import idle_share
+from experiments.files import absolute, is_remote
+from experiments.flops import idle_share, step_flops
 from experiments.metrics import MetricsLog, Throughput
 from experiments.optim import make_optimizer
 from experiments.process import BusyError, only_process, set_aside, stop_signals
+from experiments.profiling import Profiler
 from experiments.step import (
     CHECKED,
     TrainState,
@@ -44,6 +43,7 @@ from experiments.step import (
     shard,
     shard_batch,
 )
+from experiments.stored import write_run
 from experiments.transfer import take_parameters
 from experiments.typed import to_json
 from fam_jax import Decoder, make_mesh
@@ -163,7 +163,11 @@ class _Run:
                 mininterval=0.2 if sys.stderr.isatty() else 30.0,
             )
         )
-        self.throughput = Throughput()
+        operations = functools.partial(step_flops, config.model, config.stream)
+        self.throughput = Throughput(operations, jax.devices()[0].device_kind, self.mesh.size)
+        self.profiler = stack.enter_context(
+            contextlib.closing(Profiler(config.profile, config.directory / "profile", self._say))
+        )
         self.metrics: dict[str, float] = {}
         self.skipped = 0  # steps in a row that were left out
         self.said = 0  # the signal that some process has said to all
@@ -219,14 +223,14 @@ class _Run:
             if config.init_from is not None:
                 say(f"its parameters begin as those of {config.init_from}")
                 state = dataclasses.replace(state, params=take_parameters(config.init_from, config, state.params, say))
-            _write_run(config)
+            on_main(lambda: write_run(config), (OSError,))
             return 0, state
         for field, before, now in restored.changed:
             say(f"changed since the last start: {field} was {before!r} and is {now!r}")
             if field == "steps" and config.optim.schedule != "constant" and config.optim.decay_steps is None:
                 say("  so the learning rate now decays over other steps; optim.decay_steps would fix them")
         say(f"continuing after step {restored.step:,} of {config.steps:,}")
-        _write_run(config)
+        on_main(lambda: write_run(config), (OSError,))
         return restored.step, TrainState(params=restored.params, **restored.rest)
 
     def loop(self) -> TrainResult:
@@ -240,10 +244,10 @@ class _Run:
             batch = next(self.batches)
             placed = shard_batch(config, self.mesh, batch) | self._ask_to_stop()
             with waiting(f"step {step}"):
-                self.state, metrics = self.train_step(self.state, placed)
+                self.state, metrics = self.profiler.run(step, self.train_step, self.state, placed)
             if pending:
                 self._settle(*pending)
-            pending = (step, metrics, batch["tokens"].size)
+            pending = (step, metrics, batch["tokens"].shape)
             last, stopped = step == config.steps, self._stopped_by()
             log = last or _due(step, config.log_every)
             evaluate = _due(step, config.eval_every) or (last and config.eval_every)
@@ -257,9 +261,7 @@ class _Run:
                 extra: dict[str, float] = {}
                 if hasattr(self.batches, "observe"):
                     extra["length"] = batch["tokens"].shape[1]
-                if self.throughput.rate:
-                    extra["tokens_per_second"] = self.throughput.rate
-                self.log.write(step, "train", {**self.metrics, **extra})
+                self.log.write(step, "train", {**self.metrics, **extra, **self.throughput.rates})
             if evaluate:
                 self._evaluate(step)
             if lockstep and self._observe(step):
@@ -299,19 +301,16 @@ class _Run:
             return self.stop.name
         return signal.Signals(self.said).name if self.said else None
 
-    def _settle(self, step: int, metrics: dict[str, jax.Array], tokens: int) -> None:
+    def _settle(self, step: int, metrics: dict[str, jax.Array], shape: tuple[int, int]) -> None:
         """Fetches a step's metrics, waiting for the step to end, and shows them."""
         with waiting(f"step {step}"):
             self.metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.said = int(self.metrics.pop("stop", 0))
-        self.throughput.step(tokens)
-        rate = self.throughput.rate
+        self.throughput.step(*shape)
         shown = f"loss {self.metrics['loss']:.4f}"
         if hasattr(self.batches, "observe"):
             shown += f", exact match {self.metrics['exact_match']:.2f}"
-        if rate:
-            shown += f", {rate:,.0f} tokens/s"
-        self.bar.set_postfix_str(shown, refresh=False)
+        self.bar.set_postfix_str(", ".join(filter(None, (shown, str(self.throughput)))), refresh=False)
         self.bar.update(step - self.bar.n)
         if not self.metrics["skipped"]:
             self.skipped = 0
@@ -385,18 +384,3 @@ def load_data(data: Any, split: str) -> Batches:
     if isinstance(data, QuestionData):
         return QuestionBatches(data, split)
     return load(data, split) if isinstance(data, TextData) else PasskeyBatches(data)
-
-
-def _write_run(config: TrainConfig) -> None:
-    """Keeps beside the checkpoints what is needed to repeat the run."""
-    if not is_main():
-        return
-    content = {
-        "config": to_json(config),
-        "data": manifest(config.data) if isinstance(config.data, TextData) else None,
-        "command": results.command_line(),
-        "commit": results.commit(),
-        "hardware": results.hardware(),
-        "versions": results.versions(),
-    }
-    write_text(config.directory / "run.json", json.dumps(content, indent=1) + "\n")

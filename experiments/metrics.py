@@ -7,13 +7,14 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tensorboardX import SummaryWriter
 
 from experiments.files import as_os_errors, copy_files, files_below, is_remote, location, write_text
+from experiments.flops import mfu
 from experiments.typed import to_json
 
 
@@ -94,23 +95,61 @@ class MetricsLog:
 
 
 class Throughput:
-    """Tokens per second over the last steps, leaving out compilation, evaluation and checkpoints."""
+    """Speed of training over the last steps, leaving out compilation, evaluation and checkpoints."""
 
-    def __init__(self, steps: int = 20):
-        self._marks: collections.deque[tuple[float, int]] = collections.deque(maxlen=steps + 1)
+    def __init__(
+        self,
+        operations: Callable[[int, int], float | None] = lambda rows, length: None,
+        device_kind: str = "",
+        devices: int = 1,
+        *,
+        steps: int = 20,
+    ):
+        """Begins without a step.
 
-    def step(self, tokens: int) -> None:
-        """Notes that a step with this many tokens has just ended."""
-        self._marks.append((time.perf_counter(), tokens))
+        Args:
+            operations: Floating point operations that a step on so many rows of so many tokens needs; None if unknown.
+            device_kind: `device_kind` of the JAX devices.
+            devices: How many there are.
+            steps: Over how many the speed is a mean.
+        """
+        self._operations, self._device_kind, self._devices = operations, device_kind, devices
+        self._marks: collections.deque[tuple[float, int, float | None]] = collections.deque(maxlen=steps + 1)
+
+    def step(self, rows: int, length: int) -> None:
+        """Notes that a step on so many rows of so many tokens has just ended."""
+        self._marks.append((time.perf_counter(), rows * length, self._operations(rows, length)))
 
     def interrupt(self) -> None:
         """Forgets what came before; something other than a step is about to take time."""
         self._marks.clear()
 
     @property
-    def rate(self) -> float | None:
-        """Tokens per second; None until two steps have ended without an interruption between them."""
+    def rates(self) -> dict[str, float]:
+        """Empty until two steps have ended without an interruption between them.
+
+        Then `tokens_per_second`; if the operations are known, `flops_per_second` of all devices together; and if the
+        devices' bfloat16 peak is known, `mfu`, the share of it.
+        """
         if len(self._marks) < 2:
-            return None
-        elapsed = self._marks[-1][0] - self._marks[0][0]
-        return sum(tokens for _, tokens in list(self._marks)[1:]) / max(elapsed, 1e-9)
+            return {}
+        seconds = max(self._marks[-1][0] - self._marks[0][0], 1e-9)
+        _, *made = self._marks
+        found = {"tokens_per_second": sum(tokens for _, tokens, _ in made) / seconds}
+        work = [operations for *_, operations in made if operations is not None]
+        if len(work) == len(made):
+            found["flops_per_second"] = sum(work) / seconds
+            share = mfu(sum(work), seconds, self._device_kind, self._devices)
+            if share is not None:
+                found["mfu"] = share
+        return found
+
+    def __str__(self) -> str:
+        """For the progress bar: tokens per second, and the utilisation or, if unknown, operations per second."""
+        rates = self.rates
+        shown = [f"{rates['tokens_per_second']:,.0f} tokens/s"] if rates else []
+        if "mfu" in rates:
+            shown.append(f"{rates['mfu']:.1%} MFU")
+        elif "flops_per_second" in rates:
+            shown.append(f"{rates['flops_per_second'] / 1e12:.3g} TFLOP/s")
+        return ", ".join(shown)

@@ -1,11 +1,15 @@
-"""The config that a checkpoint was written with, and how another may differ from it."""
+"""The settings of a run that are kept with its arrays, and how others may differ from them."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from experiments import results
 from experiments.config import MAY_CHANGE, TrainConfig
+from experiments.data import TextData, manifest
+from experiments.files import write_text
 from experiments.integrity import CheckpointError
 from experiments.typed import differences, from_json, to_json
 
@@ -32,3 +36,16 @@ def compare_configs(meta: dict[str, Any], config: TrainConfig, folder: Path) -> 
                 "aside"
             )
     return changed
+
+
+def write_run(config: TrainConfig) -> None:
+    """Keeps beside the checkpoints what is needed to repeat the run: `run.json`."""
+    content = {
+        "config": to_json(config),
+        "data": manifest(config.data) if isinstance(config.data, TextData) else None,
+        "command": results.command_line(),
+        "commit": results.commit(),
+        "hardware": results.hardware(),
+        "versions": results.versions(),
+    }
+    write_text(config.directory / "run.json", json.dumps(content, indent=1) + "\n")

@@ -14,6 +14,9 @@ import numpy as np
 
 T = TypeVar("T")
 
+# What a field of a dataclass once held, and what that is today.
+ONCE: dict[tuple[str, str], dict[Any, Any]] = {("DecoderConfig", "remat"): {False: "none", True: "full"}}
+
 
 def check_types(config: Any) -> None:
     """Checks that every field of a dataclass holds what its annotation says.
@@ -106,7 +109,14 @@ def from_json(values: Any, cls: type[T], where: str = "config") -> T:
         if name not in values and field.default is field.default_factory is dataclasses.MISSING:
             raise ValueError(f"{where}.{name} is missing; {cls.__name__} needs it")
     hints = typing.get_type_hints(cls)
+    values = {name: _today(cls.__name__, name, value) for name, value in values.items()}
     return cls(**{name: _decode(value, hints[name], f"{where}.{name}") for name, value in values.items()})
+
+
+def _today(owner: str, name: str, value: Any) -> Any:
+    """A value as the field has it today; as it is, if it always was so."""
+    once = ONCE.get((owner, name), {})
+    return once[value] if isinstance(value, bool) and value in once else value
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from fam_jax.remat import POLICIES
 from fam_jax.sharding import FSDP_TP, ShardingRules
-from lime_jax import MixingConfig
+from lime_jax import MixingConfig, make_mixer
+from lime_jax.mixer import shape_of
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -161,7 +163,10 @@ class DecoderConfig:
         norm_eps: Added to the mean square in RMSNorm.
         dtype: Type of activations, memory and matrix products. Softmax and norms use at least float32.
         param_dtype: Type of the parameters.
-        remat: Recompute a layer's activations in the backward pass instead of keeping them.
+        remat: What of a layer is kept for the backward pass, the rest being computed again there: "none" computes
+            nothing again, "dots" keeps the products with weights, "attention" queries, keys, values and what attention
+            gives, "full" the layer's input alone (see `fam_jax.remat`). A scanned stack that mixes layers by
+            another way than "push" always computes layers again, so that it takes "none" or "full", which are one.
         scan_layers: One compiled layer in a `jax.lax.scan`; False unrolls them. Same parameters either way.
         sharding: What is spread over which axis of the mesh, if there is one; see `fam_jax.sharding`.
     """
@@ -183,7 +188,7 @@ class DecoderConfig:
     norm_eps: float = 1e-6
     dtype: str = "float32"
     param_dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"
     scan_layers: bool = True
     sharding: ShardingRules = FSDP_TP
 
@@ -201,12 +206,20 @@ class DecoderConfig:
         if self.memory is not None and not isinstance(self.memory, MemoryConfig):
             raise ValueError(f"DecoderConfig.memory={self.memory!r} is not allowed; give a MemoryConfig or None")
         check_choice(name, "schedule", self.schedule, ("layer", "block"))
+        check_choice(name, "remat", self.remat, tuple(POLICIES))
         check_choice(name, "dtype", self.dtype, DTYPES)
         check_choice(name, "param_dtype", self.param_dtype, DTYPES)
         if self.mixing is not None and not isinstance(self.mixing, MixingConfig):
             raise ValueError(f"DecoderConfig.mixing={self.mixing!r} is not allowed; give a config of lime_jax, or None")
-        for field in ("parallel_block", "qk_norm", "tie_embeddings", "remat", "scan_layers"):
+        for field in ("parallel_block", "qk_norm", "tie_embeddings", "scan_layers"):
             check_bool(name, field, getattr(self, field))
+        mixer = make_mixer(self.mixing, shape_of(self))
+        if self.remat in ("dots", "attention") and self.scan_layers and mixer.per_layer and mixer.backward != "push":
+            raise ValueError(
+                f"DecoderConfig.remat={self.remat!r} is not possible with mixing={self.mixing!r}, whose scanned layers "
+                "are always computed again as a whole; use 'none' or 'full', backward='push' where the mixing has it, "
+                "or scan_layers=False"
+            )
         if not isinstance(self.sharding, ShardingRules):
             raise ValueError(f"DecoderConfig.sharding={self.sharding!r} is not allowed; give ShardingRules")
         check_real(name, "rope_base", self.rope_base, 1.0)

@@ -20,6 +20,7 @@ from fam_jax.layer import layer
 from fam_jax.loss import TokenLosses
 from fam_jax.ops import accumulation_dtype
 from fam_jax.plan import Plan, make_plan
+from fam_jax.remat import POLICIES, recompute
 from fam_jax.sequence import check_sequence, over_blocks
 from fam_jax.sharding import constrain, gather
 from fam_jax.state import LayerMemory, RSPState, StreamState
@@ -315,7 +316,8 @@ def _run_layers(
         banks,
         mixer.columns(mixing) if banks and mixer.backward == "push" else None,
         scan=config.scan_layers,
-        remat=config.remat,
+        remat=config.remat != "none",
+        policy=POLICIES[config.remat],
         rebuild=tuple({"tokens", "prompt"} & set(rows)) if mixer.from_input else (),
     )
 
@@ -349,10 +351,9 @@ def _block_schedule(
             x, memory, new = run(x, memory, plan)
         return (memory, jnp.where(plan.store[0], new, kept)), x
 
-    if config.remat:
-        step = jax.checkpoint(step, prevent_cse=False)
     kept = jnp.zeros((config.num_layers, config.fam_length, config.d_model), x.dtype)
-    (memory, kept), x = jax.lax.scan(step, (memory, kept), (jnp.moveaxis(x, 1, 0)[:, :, None], plan.per_block()))
+    blocks = (jnp.moveaxis(x, 1, 0)[:, :, None], plan.per_block())
+    (memory, kept), x = jax.lax.scan(recompute(config.remat, step), (memory, kept), blocks)
     return jnp.moveaxis(x[:, :, 0], 0, 1), memory, kept
 
 

@@ -12,7 +12,7 @@ training (`noise`).
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from fam_jax import sequence
 from fam_jax.config import DecoderConfig, MemoryConfig
 from fam_jax.ops import Source, accumulation_dtype, attend, rotate
 from fam_jax.plan import Plan
+from fam_jax.remat import recompute
 from fam_jax.sharding import constrain
 from fam_jax.sublayers import LayerParams, finish, project
 from lime_jax import Depth, Mixer
@@ -208,9 +209,7 @@ def scan_blocks(
 
     def scan(fam, operands):
         *shared, xs = operands
-        one: Any = partial(step, shared)
-        if config.remat:
-            one = jax.checkpoint(one, prevent_cse=False)
+        one = recompute(config.remat, partial(step, shared))
         with jax.named_scope("fam_scan"):  # by which the loop is found in a compiled program
             (fam, kept), out = jax.lax.scan(one, (fam, jnp.zeros_like(fam)), xs)
         return fam, (kept, out)

@@ -36,7 +36,7 @@ def _palm(num_layers: int, d_model: int, num_heads: int, num_kv_heads: int, ff_m
         d_ff=ff_multiplier * d_model,
         memory=_PAPER_MEMORY,
         dtype="bfloat16",
-        remat=True,
+        remat="full",
     )
 
 

@@ -8,10 +8,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from fam_jax.config import DecoderConfig
 from fam_jax.ops import feed_forward, rms_norm
+from fam_jax.remat import ATTENDED, PROJECTED
 from lime_jax import Depth, Mixer
 from lime_jax.mixer import Add, Params
 
@@ -107,6 +109,7 @@ def project(
     k, v, depth = mixer.keys_values(params.mixing, for_q, q, k, v, depth)
     if params.q_norm is not None and params.k_norm is not None:
         q, k = rms_norm(q, params.q_norm, config.norm_eps), rms_norm(k, params.k_norm, config.norm_eps)
+    q, k, v = (checkpoint_name(part, PROJECTED) for part in (q, k, v))
     return q, k, v, depth
 
 
@@ -135,7 +138,7 @@ def finish(
     Returns:
         What goes to the next layer, and the depth with what this layer lets later ones read.
     """
-    y = jnp.einsum("...hk,hkd->...d", attended, params.wo)
+    y = jnp.einsum("...hk,hkd->...d", checkpoint_name(attended, ATTENDED), params.wo)
     if params.ff_norm is None:
         scale = params.attn_norm
     else:

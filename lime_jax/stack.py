@@ -36,6 +36,7 @@ def run_layers(
     *,
     scan: bool = True,
     remat: bool = False,
+    policy: Callable[..., Any] | None = None,
     rebuild: tuple[str, ...] = (),
 ) -> tuple[Any, Banks, Any]:
     """Runs all layers of a model.
@@ -51,6 +52,8 @@ def run_layers(
         columns: `mixer.columns` of all parameters, for the push form.
         scan: One compiled layer in a `jax.lax.scan`, or all layers unrolled.
         remat: Recompute a layer in the backward pass; the write-once form always does.
+        policy: With `remat`, what is kept beside a layer's input, one of `jax.checkpoint_policies`; None is nothing. In
+            the write-once form it makes no difference.
         rebuild: Names of banks whose slots depend on the layer's input alone; with `mixer.backward` "rebuild", they
             are not kept but recomputed at the start of the backward pass.
 
@@ -64,13 +67,13 @@ def run_layers(
             return carry, y
 
         if remat:
-            plain = jax.checkpoint(plain, prevent_cse=not scan)
+            plain = jax.checkpoint(plain, prevent_cse=not scan, policy=policy)
         carry, ys = _loop(plain, carry, xs, scan)
         return carry, banks, ys
     if mixer.backward == "push":
-        return _push(mixer, body, consts, carry, xs, banks, columns, scan, remat)
+        return _push(mixer, body, consts, carry, xs, banks, columns, scan, remat, policy)
     if not scan:
-        return _unrolled(mixer, body, consts, carry, xs, banks, remat)
+        return _unrolled(mixer, body, consts, carry, xs, banks, remat, policy)
     return _write_once(mixer, body, consts, carry, xs, banks, rebuild if mixer.backward == "rebuild" else ())
 
 
@@ -106,7 +109,7 @@ def split_floating(tree: Any) -> tuple[list[Array], list[Any], Callable[[list, l
     return diff, [leaf for leaf, is_diff in zip(leaves, floating, strict=True) if not is_diff], join
 
 
-def _push(mixer, body, consts, carry, xs, banks, columns, scan, remat):
+def _push(mixer, body, consts, carry, xs, banks, columns, scan, remat, policy):
     first, per = mixer.first, mixer.per_layer
     layers = _length(xs)
 
@@ -126,7 +129,7 @@ def _push(mixer, body, consts, carry, xs, banks, columns, scan, remat):
         return body(consts, carry, x, depths)
 
     if remat:
-        run = jax.checkpoint(run, prevent_cse=not scan)
+        run = jax.checkpoint(run, prevent_cse=not scan, policy=policy)
 
     def step(carry, x):
         carry, totals = carry
@@ -144,7 +147,7 @@ def _push(mixer, body, consts, carry, xs, banks, columns, scan, remat):
     return carry, {}, ys
 
 
-def _unrolled(mixer, body, consts, carry, xs, banks, remat):
+def _unrolled(mixer, body, consts, carry, xs, banks, remat, policy):
     first, per = mixer.first, mixer.per_layer
     parts = {name: [bank[:first]] for name, bank in banks.items()}
     outputs = []
@@ -160,7 +163,7 @@ def _unrolled(mixer, body, consts, carry, xs, banks, remat):
             return carry, {name: jnp.stack(slots[name]) for name in parts}, y
 
         if remat:
-            run = jax.checkpoint(run)
+            run = jax.checkpoint(run, policy=policy)
         carry, slots, y = run(consts, carry, _take(xs, number), parts)
         parts = {name: [*part, slots[name]] for name, part in parts.items()}
         outputs.append(y)

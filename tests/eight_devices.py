@@ -37,10 +37,13 @@ MODELS = {
     "BSWA": PLAIN,
     "FAM": dataclasses.replace(PLAIN, memory=MEMORY),
     "FAM, many segments": dataclasses.replace(
-        PLAIN, memory=dataclasses.replace(MEMORY, segments=3, positions="absolute", noise=0.1, rpo=True), qk_norm=True
+        PLAIN,
+        memory=dataclasses.replace(MEMORY, segments=3, positions="absolute", noise=0.1, rpo=True),
+        qk_norm=True,
+        remat="dots",
     ),
     "LIMe": dataclasses.replace(PLAIN, mixing=LimeConfig()),
-    "FAM with LIMe": dataclasses.replace(PLAIN, memory=MEMORY, mixing=LimeConfig(), remat=True),
+    "FAM with LIMe": dataclasses.replace(PLAIN, memory=MEMORY, mixing=LimeConfig(), remat="full"),
     "FAM, one key head, block schedule": dataclasses.replace(PLAIN, memory=MEMORY, num_kv_heads=1, schedule="block"),
     "FAM with streams": dataclasses.replace(PLAIN, memory=MEMORY, mixing=HyperConnectionsConfig()),
 }

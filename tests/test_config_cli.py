@@ -184,10 +184,10 @@ def test_bad_values(tmp_path, field, value):
 
 
 def test_overrides():
-    words = "--optim.learning-rate 1e-4 --model.memory.fam-length 4 --steps 7 --model.remat"
+    words = "--optim.learning-rate 1e-4 --model.memory.fam-length 4 --steps 7 --model.remat full"
     config = parse_config("lm", [*words.split(), "--data.source", "text:a b/*.txt"])
     assert (config.optim.learning_rate, config.model.memory.fam_length, config.steps) == (1e-4, 4, 7)
-    assert config.model.remat
+    assert config.model.remat == "full"
     assert config.data.source == "text:a b/*.txt"
     plain = configs.get("lm")
     changed = {field for field, _, _ in differences(to_json(plain), to_json(config))}

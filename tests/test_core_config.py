@@ -67,6 +67,7 @@ BAD_DECODER = [
     ("param_dtype", "int32"),
     ("param_dtype", "complex64"),
     ("remat", "yes"),
+    ("remat", True),
     ("scan_layers", "yes"),
     ("sharding", "fsdp"),
 ]
@@ -128,7 +129,7 @@ def test_defaults():
         "float32",
         "float32",
     )
-    assert (config.remat, config.scan_layers) == (False, True)
+    assert (config.remat, config.scan_layers) == ("none", True)
 
 
 def test_configs_are_frozen_values():

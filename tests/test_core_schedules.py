@@ -40,7 +40,7 @@ def values_and_gradients(config, params_of=params_of):
     """Logits, next FAM, and gradients by the parameters and every array of a passed state."""
     params = params_of(config)
     # A state with a past of more than a block and, in each row, an open block of another length.
-    first = runner(dataclasses.replace(config, schedule="layer", remat=False, scan_layers=True))
+    first = runner(dataclasses.replace(config, schedule="layer", remat="none", scan_layers=True))
     state = first(params, TOKENS[:, : B + 2], lengths=np.array([B + 2, B - 1])).state
     training = {}
     if config.memory.rsp:
@@ -108,7 +108,7 @@ def test_schedules_agree_in_lower_precision(name, dtype, bound):
 
 @pytest.mark.parametrize(
     ("schedule", "change"),
-    [("layer", {"scan_layers": False}), ("block", {"remat": True}), ("layer", {"remat": True})],
+    [("layer", {"scan_layers": False}), ("block", {"remat": "full"}), ("layer", {"remat": "full"})],
     ids=["layer-unrolled", "block-remat", "layer-remat"],
 )
 def test_unrolled_layers_and_remat_change_nothing(schedule, change, x64):
@@ -122,7 +122,7 @@ def test_full_attention_unrolled_and_remat_change_nothing(x64):
     config = decoder_config()
     params = params_of(config)
     grads = []
-    for change in ({}, {"scan_layers": False}, {"remat": True}):
+    for change in ({}, {"scan_layers": False}, {"remat": "full"}):
         model = Decoder(dataclasses.replace(config, **change))
         loss = quick_jit(jax.value_and_grad(lambda p, m=model: jnp.sum(m.apply({"params": p}, TOKENS).logits ** 2)))
         grads.append(loss(params))

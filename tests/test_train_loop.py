@@ -24,6 +24,7 @@ import experiments.train
 from experiments.checkpoint import CheckpointError, load_model
 from experiments.config import TrainConfig
 from experiments.data import DataError
+from experiments.flops import train_flops
 from experiments.metrics import MetricsLog, Throughput, read_metrics
 from experiments.optim import OptimConfig
 from experiments.process import BusyError, only_process
@@ -268,14 +269,38 @@ def test_throughput(monkeypatch):
     now = iter([0.0, 2.0, 3.0, 10.0, 11.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
     meter = Throughput()
-    assert meter.rate is None
-    meter.step(1000)  # the first has compiled: its time counts for nothing
-    assert meter.rate is None
-    meter.step(10)
-    meter.step(20)
-    assert meter.rate == pytest.approx(10.0)
+    assert (meter.rates, str(meter)) == ({}, "")
+    meter.step(10, 100)  # the first has compiled: its time counts for nothing
+    assert meter.rates == {}
+    meter.step(2, 5)
+    meter.step(1, 20)
+    assert meter.rates == {"tokens_per_second": pytest.approx(10.0)}
     meter.interrupt()
-    meter.step(5)
-    assert meter.rate is None
-    meter.step(7)
-    assert meter.rate == pytest.approx(7.0)
+    meter.step(1, 5)
+    assert meter.rates == {}
+    meter.step(1, 7)
+    assert meter.rates == {"tokens_per_second": pytest.approx(7.0)}
+    assert str(meter) == "7 tokens/s"
+
+
+def test_utilisation(monkeypatch):
+    """Two chips of 197 TFLOP/s; steps of two lengths, as with a curriculum."""
+    for kind, shown in (("TPU v5 lite", "15 tokens/s, 50.0% MFU"), ("cpu", "15 tokens/s, 197 TFLOP/s")):
+        now = iter([0.0, 1.0, 2.0])
+        monkeypatch.setattr(time, "perf_counter", lambda now=now: next(now))
+        meter = Throughput(lambda rows, length: rows * length * 394e12 / 30, kind, 2)
+        for length in (99, 10, 20):
+            meter.step(1, length)
+        expected = {"tokens_per_second": 15.0, "flops_per_second": 197e12} | ({"mfu": 0.5} if kind != "cpu" else {})
+        assert meter.rates == pytest.approx(expected)
+        assert str(meter) == shown
+
+
+def test_the_operations_of_a_step_are_in_its_metrics(finished):
+    """On a CPU, whose peak is not known."""
+    config, _ = finished
+    row = next(row for row in read_metrics(config.directory / "metrics.jsonl") if "tokens_per_second" in row)
+    operations = train_flops(config.model, config.data.batch_size, config.data.length, useful=True)
+    per_token = operations / (config.data.batch_size * config.data.length)
+    assert row["flops_per_second"] == pytest.approx(per_token * row["tokens_per_second"])
+    assert "mfu" not in row

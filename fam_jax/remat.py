@@ -1,0 +1,41 @@
+"""What the backward pass finds kept of the forward pass, and what it computes again: `DecoderConfig.remat`.
+
+Everything that is kept takes memory for every layer until the backward pass gets there; what is not is computed a
+second time. Kept of a layer, in numbers per token (d width, e feed-forward width, h query and g key/value heads of k):
+
+| name | kept | about |
+|---|---|---|
+| none | everything, attention scores too | grows with the keys that a token sees |
+| dots | products of activations with weights | 2d + 2e + (h + 2g)k |
+| attention | queries, keys, values, and what attention gives | d + (2h + 2g)k |
+| full | the layer's input | d |
+
+Where blocks of the text are spread over devices, the update of the FAM is always computed again (`fam_jax.sequence`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+# Names that `jax.ad_checkpoint.checkpoint_name` gives in `fam_jax.sublayers`.
+PROJECTED, ATTENDED = "projected", "attended"
+
+POLICIES: dict[str, Callable[..., Any] | None] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(PROJECTED, ATTENDED),
+    "full": None,
+}
+
+
+def recompute(remat: str, step: Callable[..., Any]) -> Callable[..., Any]:
+    """The body of a `jax.lax.scan`, whose backward pass computes again what the policy does not keep.
+
+    Args:
+        remat: One of POLICIES.
+        step: The body.
+    """
+    if remat == "none":
+        return step
+    return jax.checkpoint(step, prevent_cse=False, policy=POLICIES[remat])
