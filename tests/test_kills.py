@@ -6,10 +6,12 @@ import pytest
 from experiments import kills, report, results
 from experiments.kills import KillsError, Options, compare
 
+SHORT = {"kills": 3, "steps_per_kill": 16, "checkpoint_every": 4}
+
 
 @pytest.mark.slow
 def test_killed_at_a_random_moment_and_while_saving(tmp_path):
-    result, file = kills.run(Options(kills=3, steps_per_kill=16, output=tmp_path, work_dir=tmp_path / "work"))
+    result, file = kills.run(Options(**SHORT, output=tmp_path, work_dir=tmp_path / "work"))
     values = results.read(file).values
     anywhere, saving = values["curves"]
     assert (anywhere["kill"], saving["kill"]) == ([1, 3], [2])
@@ -19,7 +21,7 @@ def test_killed_at_a_random_moment_and_while_saving(tmp_path):
     assert {"params.embed", "rest.rsp.fam", "rest.stream.segment_k", "rest.key"} <= set(values["arrays"])
     assert "at a random moment" in report.table(result)
     # What the comparison is meant to cover has been at work.
-    run = kills.Run(Options(kills=3, steps_per_kill=16), tmp_path / "work", "killed")
+    run = kills.Run(Options(**SHORT), tmp_path / "work", "killed")
     assert run.last_step() == 64
     assert all(np.isfinite(row["loss"]) and not row["skipped"] for row in run.rows())
     assert any(row["grad_norm/fam_prompt"] > 0 for row in run.rows())
@@ -40,7 +42,7 @@ def test_a_difference_is_found():
     ("settings", "message"),
     [
         ({"kills": 0}, "kills=0 is not allowed; it must be at least 1"),
-        ({"steps_per_kill": 7}, r"steps_per_kill=7 is not allowed; it must be at least twice checkpoint_every=4"),
+        ({"steps_per_kill": 7}, r"steps_per_kill=7 is not allowed; it must be at least twice checkpoint_every=10"),
     ],
 )
 def test_wrong_options(settings, message):
