@@ -9,6 +9,7 @@ checkpoint. Takes about five minutes on two CPU cores.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -123,6 +124,7 @@ class Run:
         self.checkpoints = self.config.directory / "checkpoints"
         self.log = work / f"{name}.txt"
         self._compiled = work / "compiled"
+        self._process: subprocess.Popen | None = None
 
     def start(self) -> subprocess.Popen:
         """A process that trains; all of them share what they compile."""
@@ -134,9 +136,16 @@ class Run:
         command = [sys.executable, "-m", "experiments.train", "--config", "lm", *self.words]
         path = os.pathsep.join(filter(None, [str(results.ROOT), os.environ.get("PYTHONPATH")]))
         with self.log.open("w") as log:
-            return subprocess.Popen(
+            self._process = subprocess.Popen(
                 command, env={**os.environ, **cache, "PYTHONPATH": path}, stdout=log, stderr=subprocess.STDOUT
             )
+        return self._process
+
+    def kill(self) -> None:
+        """Ends the last process, if it still runs."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
 
     def last_step(self) -> int:
         """The last step in the metrics; 0 if there is none."""
@@ -239,15 +248,12 @@ def kill(run: Run, when: str, target: int, delay: float) -> tuple[int, int | Non
         delay: Seconds to wait after that, or after the next checkpoint has been begun.
     """
     process = run.start()
-    try:
-        run.wait_until(process, f"step {target}", lambda: run.last_step() >= target)
-        if when == SAVING:
-            run.wait_until(process, "a checkpoint", lambda: run.saving() is not None)
-        time.sleep(delay)
-    finally:
-        process.kill()
-        process.wait()
-    return run.last_step(), run.saving()
+    run.wait_until(process, f"step {target}", lambda: run.last_step() >= target)
+    if when == SAVING:
+        run.wait_until(process, "a checkpoint", lambda: run.saving() is not None)
+    time.sleep(delay)
+    run.kill()
+    return run.last_step(), run.saving() if target else None  # before the first step it may be what the last one left
 
 
 def measure(options: Options, work: Path) -> dict[str, Any]:
@@ -259,7 +265,10 @@ def measure(options: Options, work: Path) -> dict[str, Any]:
     write_text(work / "text", options.seed)
     straight, killed = Run(options, work, "straight"), Run(options, work, "killed")
     rng = np.random.default_rng(options.seed)
-    with tqdm(total=options.kills, unit="kill", desc="straight run", disable=None) as bar:
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=options.kills, unit="kill", desc="straight run", disable=None))
+        for one in (straight, killed):
+            stack.callback(one.kill)
         begun, process = time.perf_counter(), straight.start()
         straight.wait_until(process, "the first step", lambda: straight.last_step() > 0)
         start_seconds = time.perf_counter() - begun

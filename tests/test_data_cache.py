@@ -150,6 +150,32 @@ print((build_once(Path(sys.argv[1]), build) / "value").read_text())
     assert out.split().count("x") == 2
 
 
+def test_a_process_that_never_finishes_preparing(tmp_path, monkeypatch, capsys):
+    code = """
+import sys, time
+from pathlib import Path
+from experiments.data.cache import build_once
+def build(partial):
+    print("building", flush=True)
+    time.sleep(1000)
+build_once(Path(sys.argv[1]), build)
+"""
+    target = tmp_path / "thing"
+    with subprocess.Popen(python(code, target), stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "building\n"
+            monkeypatch.setattr("experiments.data.cache.LOCK_SECONDS", 6.0)
+            with pytest.raises(DataError, match=rf"process {process.pid} on .* has held .*\.thing\.lock for more than"):
+                build_once(target, lambda partial: None)
+            said = capsys.readouterr().err
+            assert said.startswith(f"waiting for process {process.pid} on ")
+            assert said.count("\n") == 1
+        finally:
+            process.kill()
+    build_once(target, lambda partial: None)  # the lock is that of a process, which is gone
+    assert target.is_dir()
+
+
 def test_without_locks_the_first_to_finish_wins(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

@@ -9,15 +9,20 @@ import hashlib
 import json
 import os
 import shutil
+import socket
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from experiments.data.config import local_cache
 from experiments.data.protocol import DataError
 from experiments.files import as_os_errors, copy_files, is_remote
 from experiments.integrity import checksums, read_meta, write_meta
+
+LOCK_SECONDS = 6 * 3600.0  # that another process may take to prepare the same data
 
 # Errors of the disk, which no second attempt heals.
 DISK_ERRORS = (
@@ -150,14 +155,43 @@ def damaged(path: Path, error: Exception | str) -> DataError:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[bool]:
-    """Waits for the lock; yields whether nobody else can be building."""
-    with open(path, "w") as file:
+    """Waits for the lock; yields whether nobody else can be building.
+
+    Raises:
+      DataError: another process, which is there, has not let go of it for LOCK_SECONDS. The system lets go of what a
+        process held that has ended.
+    """
+    with open(path, "a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            alone = True
+            alone = _take(file, path)
         except OSError:  # a file system without locks: both may build, and the first to finish wins
             alone = False
+        if alone:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
         yield alone
+
+
+def _take(file: IO[str], path: Path) -> bool:
+    """Takes the lock, saying who has it if that is not soon."""
+    start, told = time.monotonic(), False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            waited = time.monotonic() - start
+        if (waited > 5 and not told) or waited > LOCK_SECONDS:
+            file.seek(0)
+            who, told = file.read() or "another process", True
+            if waited > LOCK_SECONDS:
+                raise DataError(
+                    f"{who} has held {path} for more than {LOCK_SECONDS / 3600:.3g} h, to prepare the same data: look "
+                    "whether it is still at work; if not, end it and run the same command again"
+                )
+            print(f"waiting for {who}, which prepares the same data (it holds {path})", file=sys.stderr, flush=True)
+        time.sleep(0.1)
 
 
 def _flush(directory: Path) -> None:
