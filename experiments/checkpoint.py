@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from experiments.config import MAY_CHANGE, TrainConfig
@@ -32,7 +33,7 @@ from experiments.integrity import (
     write_meta,
 )
 from experiments.typed import differences, from_json, to_json
-from fam_jax import Decoder
+from fam_jax import Decoder, tree_shardings
 
 
 class Restored(NamedTuple):
@@ -231,14 +232,32 @@ def find_checkpoint(path: Path | str, step: int | None = None) -> tuple[Path, di
     raise AssertionError("unreachable: the last candidate returns or raises")
 
 
-def load_model(path: Path | str, step: int | None = None) -> tuple[Decoder, dict[str, Any], TrainConfig]:
+def load_model(
+    path: Path | str, step: int | None = None, mesh: Mesh | None = None
+) -> tuple[Decoder, dict[str, Any], TrainConfig]:
     """Reads a trained model: the decoder, its variables and the config of its run.
 
-    Arguments and errors are those of `find_checkpoint`.
+    The other arguments and the errors are those of `find_checkpoint`.
+
+    Args:
+        path: See there.
+        step: See there.
+        mesh: Parameters are spread over it as they are read, by the rules of the run; needed with several processes,
+            which all must call this. None: all on one device.
     """
-    folder, meta, config = find_checkpoint(path, step)
+
+    def find() -> list[Any]:
+        folder, meta, _ = find_checkpoint(path, step)
+        return [str(folder), meta]
+
+    name, meta = on_main(find, (CheckpointError, OSError))
+    folder = Path(name)
+    config = _read_config(meta, folder)
     model = Decoder(config.model)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    if mesh is not None:
+        places = tree_shardings(config.model.sharding, mesh, shapes)
+        shapes = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, places)
     return model, {"params": _load(folder, "params", shapes, meta)}, config
 
 
