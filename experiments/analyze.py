@@ -20,8 +20,9 @@ import numpy as np
 import tyro
 
 from experiments import report, results
-from experiments.checkpoint import CheckpointError, load_model, run_folder
+from experiments.checkpoint import CheckpointError, load_model
 from experiments.command import run_command
+from experiments.files import run_folder
 from experiments.layers import Texts, collect, examples, loss_on, texts, tokenizer_of, word
 from experiments.measures import check_positive
 from experiments.typed import to_json

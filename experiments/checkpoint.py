@@ -27,12 +27,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from experiments.arrays import load, named, shape_of
 from experiments.config import TrainConfig
 from experiments.distributed import is_main, on_main
-from experiments.files import absolute, as_os_errors, is_remote, location, remove
+from experiments.files import absolute, as_os_errors, free_name, is_remote, location, remove
 from experiments.integrity import (
     FORMAT,
     CheckpointError,
@@ -47,7 +48,7 @@ from experiments.process import BusyError
 from experiments.stored import compare_configs, read_config
 from experiments.typed import to_json
 from experiments.writing import Write, is_of_storage
-from fam_jax import Decoder
+from fam_jax import Decoder, tree_shardings
 
 
 class Restored(NamedTuple):
@@ -319,7 +320,7 @@ class Checkpoints:
             compare_configs(meta, config, folder),
         )
         for bad in damaged:  # out of the way, because this run will write that step again
-            aside = _free_name(bad.folder.with_name(f"damaged-{bad.folder.name}"))
+            aside = free_name(bad.folder.with_name(f"damaged-{bad.folder.name}"))
             bad.folder.rename(aside)
             _warn(f"{bad}; it is now {aside}, delete it when you like. Continuing from step {step} instead")
         return restored
@@ -361,24 +362,33 @@ def find_checkpoint(path: Path | str, step: int | None = None) -> tuple[Path, di
     raise AssertionError("unreachable: the last candidate returns or raises")
 
 
-def load_model(path: Path | str, step: int | None = None) -> tuple[Decoder, dict[str, Any], TrainConfig]:
+def load_model(
+    path: Path | str, step: int | None = None, mesh: Mesh | None = None
+) -> tuple[Decoder, dict[str, Any], TrainConfig]:
     """Reads a trained model: the decoder, its variables and the config of its run.
 
-    Arguments and errors are those of `find_checkpoint`.
+    The other arguments and the errors are those of `find_checkpoint`.
+
+    Args:
+        path: See there.
+        step: See there.
+        mesh: Parameters are spread over it as they are read, by the rules of the run; needed with several processes,
+            which all must call this. None: all on one device.
     """
-    folder, meta, config = find_checkpoint(path, step)
+
+    def find() -> list[Any]:
+        folder, meta, _ = find_checkpoint(path, step)
+        return [str(folder), meta]
+
+    name, meta = on_main(find, (CheckpointError, OSError))
+    folder = location(name)
+    config = read_config(meta, folder)
     model = Decoder(config.model)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    if mesh is not None:
+        places = tree_shardings(config.model.sharding, mesh, shapes)
+        shapes = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, places)
     return model, {"params": load(folder, "params", shapes, meta)}, config
-
-
-def run_folder(path: Path | str) -> Path:
-    """The folder of the run that `load_model` reads from `path`; of a checkpoint that stands alone, its own."""
-    root = absolute(location(path))
-    if (root / "meta.json").exists() and root.parent.name == "checkpoints":
-        root = root.parent
-    inside = root.name == "checkpoints" and not (root / "checkpoints").is_dir()
-    return root.parent if inside else root
 
 
 def _steps(directory: Path) -> list[int]:
@@ -386,12 +396,6 @@ def _steps(directory: Path) -> list[int]:
     if is_remote(directory):
         return sorted(int(path.name) for path in numbers if (path / "meta.json").exists())
     return sorted(int(path.name) for path in numbers if path.is_dir())
-
-
-def _free_name(path: Path) -> Path:
-    """`path`, or with the first number that makes it new."""
-    names = (path if i == 0 else path.with_name(f"{path.name}-{i}") for i in range(10_000))
-    return next(name for name in names if not name.exists())
 
 
 def _warn(message: str) -> None:

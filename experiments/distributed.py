@@ -7,6 +7,7 @@ finds out alone it shares, so that all go on alike or fail alike.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -33,6 +34,25 @@ _giving_up = threading.Lock()
 
 class DistributedError(RuntimeError):
     """The processes of a job did not find each other, or do not agree. The message says which and what to check."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """Where the processes of a job find each other; see `start`.
+
+    Attributes:
+        coordinator: HOST:PORT of process 0; not needed where JAX finds it.
+        num_processes: How many there are.
+        process_id: Which one this is, from 0.
+        timeout: Seconds to wait for the others at the start.
+        patience: Seconds to wait for one that is stuck, later on.
+    """
+
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    timeout: int = 300
+    patience: int = PATIENCE
 
 
 def start(
@@ -105,6 +125,18 @@ def start(
         ) from error
     finally:
         alarm.cancel()
+
+
+def leave(status: int) -> int:
+    """The exit status of a command; after an error with several processes, ends this one.
+
+    Leaving as usual would wait for processes that may never come.
+    """
+    if status in (1, 2, LOST_STATUS) and jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def is_main() -> bool:

@@ -4,29 +4,36 @@
 memory that works lowers it far beyond the window. `passkey` is the share of pass keys told right, by the
 length of the text. `answers` is the share of test questions answered right in free writing, by difficulty or, for
 several checkpoints of a run, by step. The measures themselves are in `experiments.measures`.
+
+Rows are spread over all devices. The same command on every process of a job evaluates on all of them, as in training.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import tyro
+from jax.sharding import Mesh
 
 from experiments import data, report, results
-from experiments.checkpoint import CheckpointError, load_model, run_folder
+from experiments import distributed as processes
+from experiments.checkpoint import CheckpointError, load_model
 from experiments.command import run_command
 from experiments.config import TrainConfig
 from experiments.data import TextData
 from experiments.data.passkey import Passkey, PasskeyData
 from experiments.data.questions import QuestionData
-from experiments.files import location
+from experiments.distributed import DistributedError, Processes, is_main, on_main
+from experiments.files import location, run_folder
 from experiments.measures import answer_accuracy, check_positive, loss_by_position, passkey_accuracy
 from experiments.typed import to_json
-from fam_jax import Decoder
+from fam_jax import Decoder, MeshConfig, make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +56,8 @@ class Options:
         zero_memory: For passkey: measure also with the FAM set to zero after every block.
         seed: For passkey: of the samples.
         steps: For answers: the checkpoints of these steps of the run. None: the latest only.
+        mesh: How the devices are used, as in training.
+        distributed: Several processes, as in training.
     """
 
     checkpoint: Path
@@ -66,6 +75,8 @@ class Options:
     zero_memory: bool = False
     seed: int = 0
     steps: tuple[int, ...] | None = None
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    distributed: Processes = dataclasses.field(default_factory=Processes)
 
 
 # Of the options, those that only some tasks read. One that is given to another would be ignored.
@@ -77,20 +88,27 @@ _READ_BY = {
 
 
 def run(options: Options) -> tuple[results.Result, Path, Path]:
-    """Evaluates as the options say.
+    """Evaluates as the options say, but for `distributed`: processes have been joined before, and all must call this.
 
     Returns:
-        The result, its file and its plot.
+        The result, its file and its plot, which the main process writes.
 
     Raises:
         ValueError: an option does not fit the model or is for another task, or the output folder cannot be made; see
             also the functions of `experiments.measures`.
         CheckpointError: see `load_model`.
     """
+    mesh = make_mesh(options.mesh)
+    with jax.set_mesh(mesh):
+        return _run(options, mesh)
+
+
+def _run(options: Options, mesh: Mesh) -> tuple[results.Result, Path, Path]:
     start = time.perf_counter()
     if options.name is not None:
         results.check_name(options.name)
-    model, variables, config = load_model(options.checkpoint)
+    model, variables, config = load_model(options.checkpoint, mesh=mesh)
+    _warn_rows(options, config, mesh)
     fits, trained_on = _fits(config)
     task: str = options.task or fits
     if task != fits:
@@ -99,7 +117,8 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
         )
     _check_options(options, task, f"the run {config.name!r} was trained on {trained_on}")
     # What is measured for minutes must have a place to go to.
-    output = results.make_directory(options.output or run_folder(options.checkpoint) / "results")
+    folder = options.output or run_folder(options.checkpoint) / "results"
+    output = Path(on_main(lambda: str(results.make_directory(folder)), (ValueError, OSError)))
     if task == "passkey":
         values, manifest, seeds = _passkey(options, model, variables, config)
     elif task == "loss-by-position":
@@ -108,9 +127,10 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
         values, manifest, seeds = _answers(options, model, variables, config)
     else:
         task = "answers-by-step"
-        values, manifest, seeds = _answers_by_step(options, options.steps, config)
+        values, manifest, seeds = _answers_by_step(options, options.steps, config, mesh)
     settings = dataclasses.asdict(options)
-    del settings["output"]  # shapes no number, and names a folder of this machine
+    for name in ("output", "mesh", "distributed"):
+        del settings[name]  # they shape no number, and tell of this machine
     result = results.make(
         task,
         options.name or f"{config.name}-{task}",
@@ -120,21 +140,44 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
         wall_seconds=time.perf_counter() - start,
         data=manifest,
     )
-    file = results.write(result, output)
-    return result, file, report.plot(result, file.with_suffix(".png"))
+
+    def write() -> list[str]:
+        file = results.write(result, output)
+        return [str(file), str(report.plot(result, file.with_suffix(".png")))]
+
+    file, figure = on_main(write, (ValueError, OSError))
+    return result, Path(file), Path(figure)
 
 
 def main() -> int:
     """The command line; returns the exit code."""
     options = tyro.cli(Options, prog="python -m experiments.evaluate", description=Options.__doc__)
     try:
+        processes.start(**dataclasses.asdict(options.distributed))
         result, file, figure = run(options)
-    except (ValueError, CheckpointError, OSError) as error:
+    except (ValueError, CheckpointError, DistributedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(report.table(result))
-    print(f"\nwrote {file} and {figure}")
+        return processes.leave(2)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or not processes.is_loss(error):
+            raise
+        processes.warn_lost(error)
+        return processes.leave(processes.LOST_STATUS)
+    if is_main():
+        print(report.table(result))
+        print(f"\nwrote {file} and {figure}")
     return 0
+
+
+def _warn_rows(options: Options, config: TrainConfig, mesh: Mesh) -> None:
+    """Says so if devices do the same work."""
+    rows = math.prod(mesh.shape[axis] for axis in config.model.sharding.batch)
+    if options.batch_size % rows and is_main():
+        print(
+            f"WARNING: batch_size={options.batch_size} is not a multiple of the {rows} devices that rows are spread "
+            "over, so that some do the same work",
+            file=sys.stderr,
+        )
 
 
 def _fits(config: TrainConfig) -> tuple[str, str]:
@@ -163,7 +206,9 @@ def _answers(options: Options, model: Decoder, variables: Any, config: TrainConf
     return {"curves": [{"label": config.name, "seed": config.seed, **curve}]}, None, [config.seed]
 
 
-def _answers_by_step(options: Options, steps: tuple[int, ...], config: TrainConfig) -> tuple[Any, Any, list[int]]:
+def _answers_by_step(
+    options: Options, steps: tuple[int, ...], config: TrainConfig, mesh: Mesh
+) -> tuple[Any, Any, list[int]]:
     """Values, data manifest and seeds of the answers of several checkpoints of a run, a curve per level."""
     if not steps or (location(options.checkpoint) / "meta.json").exists():
         raise ValueError(
@@ -174,7 +219,7 @@ def _answers_by_step(options: Options, steps: tuple[int, ...], config: TrainConf
     names = ("accuracy", "correct", "trials")
     curves: dict[int, dict[str, Any]] = {}
     for step in steps:
-        model, variables, _ = load_model(options.checkpoint, step)
+        model, variables, _ = load_model(options.checkpoint, step, mesh)
         measured = answer_accuracy(model, variables, config.data.task(), batch_size=options.batch_size)
         for place, level in enumerate(measured["level"]):
             empty = {"label": f"{config.name}, level {level}", "seed": config.seed}

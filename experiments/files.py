@@ -104,3 +104,18 @@ def as_os_errors(path: Path) -> Iterator[None]:
 def _is_of_client(error: Exception) -> bool:
     modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     return bool(modules & {"gcsfs", "google", "aiohttp", "requests", "tensorflow"})
+
+
+def run_folder(path: Path | str) -> Path:
+    """The folder of the run that `load_model` reads from `path`; of a checkpoint that stands alone, its own."""
+    root = absolute(location(path))
+    if (root / "meta.json").exists() and root.parent.name == "checkpoints":
+        root = root.parent
+    inside = root.name == "checkpoints" and not (root / "checkpoints").is_dir()
+    return root.parent if inside else root
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or with the first number that makes it new."""
+    names = (path if i == 0 else path.with_name(f"{path.name}-{i}") for i in range(10_000))
+    return next(name for name in names if not name.exists())

@@ -30,7 +30,8 @@ from experiments.data.passkey import PasskeyData, PasskeyTokenizer
 from experiments.data.questions import QuestionData
 from experiments.data.tokenizers import encode_pieces
 from experiments.measures import check_positive
-from fam_jax import Decoder, StreamState, generate
+from experiments.spread import as_before, initial_state
+from fam_jax import Decoder, MeshConfig, StreamState, generate, make_mesh
 from fam_jax.call import check_ids
 
 PIECE = 1 << 16  # bytes of a prompt file that are in memory at a time
@@ -136,7 +137,7 @@ def continue_text(
         held = np.concatenate([held, piece])
         if state is None:
             # The last piece is padded to `size`, for which a cache must have room too.
-            state = model.init_state(1, max(size, len(held) + max_new_tokens) if memory is None else None)
+            state = initial_state(model, 1, max(size, len(held) + max_new_tokens) if memory is None else None)
         # The last tokens stay behind: what follows them is what is asked for.
         full = max(len(held) - 1, 0) // size * size
         for start in range(0, full, size):
@@ -176,6 +177,7 @@ class Options:
         top_p: Sample among the fewest most likely tokens that together have this probability.
         seed: Of the sampling.
         chunk: Tokens of the prompt read at a time.
+        mesh: How the devices are used, as in training.
     """
 
     checkpoint: Path
@@ -187,6 +189,7 @@ class Options:
     top_p: float | None = None
     seed: int = 0
     chunk: int = 512
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
 def run(options: Options) -> Answer:
@@ -208,9 +211,11 @@ def run(options: Options) -> Answer:
         if not options.prompt:
             raise DataError("--prompt is empty; a prompt needs some text")
         characters, texts = len(options.prompt), iter([options.prompt])
-    model, variables, config = load_model(options.checkpoint)
+    mesh = make_mesh(options.mesh)
+    model, variables, config = load_model(options.checkpoint, mesh=mesh)
     tokenizer = tokenizer_of(config)
-    with tqdm(total=characters, unit="char", unit_scale=True, disable=None, leave=False) as bar:
+    bar = tqdm(total=characters, unit="char", unit_scale=True, disable=None, leave=False)
+    with bar, jax.set_mesh(mesh):
         return continue_text(
             model,
             variables,
@@ -279,7 +284,7 @@ def _counted(texts: Iterable[str], bar: tqdm) -> Iterator[str]:
 def _advance(model: Decoder, variables: Any, state: StreamState, tokens: Array) -> StreamState:
     """The state after whole blocks [1, t] of a prompt; the unused logits are not computed."""
     out: Any = model.apply(variables, tokens, state, aligned=model.config.memory is not None)
-    return out.state
+    return as_before(model, out.state)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 from experiments.data.passkey import Passkey
 from experiments.data.questions import QuestionTask
+from experiments.distributed import is_main
+from experiments.spread import as_before, initial_state, to_host
 from fam_jax import Decoder, StreamState, generate
 from fam_jax.call import check_ids
 from fam_jax.loss import TokenLosses
@@ -213,10 +215,10 @@ def answer_accuracy(
                 asked.ids[:, :width],
                 new,
                 lengths=asked.prompt,
-                state=model.init_state(batch_size, width + new if model.config.memory is None else None),
+                state=initial_state(model, batch_size, width + new if model.config.memory is None else None),
                 stop_tokens=(task.tokenizer.separator,),
             )
-            written, lengths = np.asarray(out.ids), np.asarray(out.lengths)
+            written, lengths = to_host((out.ids, out.lengths))
             for row in range(min(batch_size, len(questions) - start)):
                 truth = task.answer(asked.ids[row, asked.prompt[row] : asked.ends[row]])
                 right[rows[row]] = task.answer(written[row, : lengths[row]]) == truth
@@ -256,14 +258,15 @@ def _read_in_chunks(
     """
     rows, length = tokens.shape
     padded = -(-length // size) * size
-    state = model.init_state(rows, padded if model.config.memory is None else None)
+    state = initial_state(model, rows, padded if model.config.memory is None else None)
     for start in range(0, length, size):
         width = min(size, length - start)
         # Padding only ever follows the text, so nothing that counts reads it.
         fill = ((0, 0), (0, size - width))
         pieces = (np.pad(array[:, start : start + width], fill) for array in (tokens, targets))
         nll, hit, state = _read(model, zero_memory, variables, state, *pieces)
-        yield start, np.asarray(nll)[:, :width], np.asarray(hit)[:, :width]
+        nll, hit = to_host((nll, hit))
+        yield start, nll[:, :width], hit[:, :width]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -290,7 +293,7 @@ def _read(
         losses = jax.tree.map(lambda array: jnp.moveaxis(array, 0, 1).reshape(tokens.shape), losses)
     else:
         state, losses = apply(state, tokens, targets)
-    return losses.nll, losses.hit, state
+    return losses.nll, losses.hit, as_before(model, state)
 
 
 def _block(model: Decoder) -> int:
@@ -310,8 +313,9 @@ def _doubling(model: Decoder, longest: int) -> list[int]:
 
 
 def _bar(total: int, unit: str, progress: bool) -> tqdm:
-    """A progress bar, shown on terminals only."""
-    return tqdm(total=total, unit=unit, unit_scale=True, disable=None if progress else True, leave=False)
+    """A progress bar, shown on terminals only, by the main process."""
+    shown = progress and is_main()
+    return tqdm(total=total, unit=unit, unit_scale=True, disable=None if shown else True, leave=False)
 
 
 def check_positive(**sizes: int | None) -> None:

@@ -7,7 +7,6 @@ find each other; elsewhere the options `--distributed.*` say where and who.
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import signal
 import sys
@@ -77,12 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         traceback.print_exc()
         status = 1
-    if status in (1, 2, LOST_STATUS) and jax.process_count() > 1:
-        # Leaving as usual would wait for processes that may never come.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    return status
+    return distributed.leave(status)
 
 
 def _train(config: TrainConfig, fresh: bool, given: list[str]) -> int:

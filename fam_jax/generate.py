@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
+from jax.experimental import multihost_utils
 
 from fam_jax.call import as_array, check_ids
 from fam_jax.config import check_int
@@ -125,6 +126,12 @@ def _number(value: Any) -> float:
         return math.nan
 
 
+def _on_host(x: Any) -> np.ndarray:
+    """The whole array, also if parts of it are with other processes."""
+    here = not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+    return np.asarray(x if here else multihost_utils.process_allgather(x, tiled=True))
+
+
 def _check_room(model: Decoder, state: StreamState | None, lengths: np.ndarray, new: int) -> StreamState:
     """The state to start from, which fits the model; with full attention, one that is large enough."""
     batch = len(lengths)
@@ -134,7 +141,7 @@ def _check_room(model: Decoder, state: StreamState | None, lengths: np.ndarray, 
         return model.init_state(batch) if state is None else state
     if state is None:
         return model.init_state(batch, int(lengths.max()) + new)
-    needed, capacity = int((np.asarray(state.offset) + lengths).max()) + new, state.open_k.shape[2]
+    needed, capacity = int((_on_host(state.offset) + lengths).max()) + new, state.open_k.shape[2]
     if needed > capacity:
         raise ValueError(
             f"the cache of full attention holds {capacity} tokens, but prompt and answer need {needed}; "

@@ -13,10 +13,10 @@ from test_distributed import Job, tiny_job
 from train_helpers import assert_same_bits, metric_rows, plain, restore, tiny
 
 from experiments import files, report, results
-from experiments.checkpoint import CheckpointError, Checkpoints, find_checkpoint, load_model, run_folder
+from experiments.checkpoint import CheckpointError, Checkpoints, find_checkpoint, load_model
 from experiments.data import DataError, TextData, load, load_tokenizer, manifest
 from experiments.data import cache as data_cache
-from experiments.files import location
+from experiments.files import location, run_folder
 from experiments.process import BusyError, only_process
 from experiments.train import main, train
 

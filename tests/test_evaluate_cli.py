@@ -11,7 +11,7 @@ import pytest
 import tiny_run
 
 from experiments import evaluate, results
-from experiments.checkpoint import run_folder
+from experiments.files import run_folder
 from experiments.train import train
 
 ROOT = Path(__file__).resolve().parent.parent

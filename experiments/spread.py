@@ -1,0 +1,36 @@
+"""Reading with a trained model on many devices: where its parameters and states are, and how results come back."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from fam_jax import Decoder, StreamState, tree_shardings
+
+
+def initial_state(model: Decoder, rows: int, max_length: int | None = None) -> StreamState:
+    """`model.init_state`, its rows spread over the mesh that is set, if there is one."""
+    create = partial(model.init_state, rows, max_length)
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty or mesh.size == 1:
+        return create()
+    places = tree_shardings(model.config.sharding, mesh, jax.eval_shape(create))
+    return jax.jit(create, out_shardings=places)()
+
+
+def as_before(model: Decoder, state: StreamState) -> StreamState:
+    """Within `jax.jit`: the state laid out as `initial_state` is, so that one program serves all chunks of a text."""
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return state
+    return jax.lax.with_sharding_constraint(state, tree_shardings(model.config.sharding, mesh, state))
+
+
+def to_host(tree: Any) -> Any:
+    """NumPy arrays of a computation's results, whole, on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
