@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -60,7 +61,8 @@ class Options:
 def rows() -> Iterator[aot.Options]:
     """All rows."""
     for preset, topology, microbatch in TRAINING:
-        for memory, lime in (("bswa", False), ("fam", False), ("fam", True)):
+        arms: tuple[tuple[Literal["bswa", "fam"], bool], ...] = (("bswa", False), ("fam", False), ("fam", True))
+        for memory, lime in arms:
             yield aot.Options(
                 preset=preset,
                 memory=memory,
@@ -71,9 +73,10 @@ def rows() -> Iterator[aot.Options]:
                 length=LENGTH,
             )
     for preset, topology, mesh in GENERATION:
-        for what in ("prefill", "decode"):
+        steps: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
+        for what in steps:
             yield aot.Options(
-                what=what,  # type: ignore[arg-type]
+                what=what,
                 preset=preset,
                 topology=topology,
                 mesh=mesh,

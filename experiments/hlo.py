@@ -2,8 +2,9 @@
 
 Reads the text that the TPU, GPU and CPU compilers give, `compiled.as_text()`, because no other interface knows of
 loops: a collective in a scan over 56 layers stands there once and runs 56 times. A loop is recognised by the scopes of
-its `op_name`: those that `jax.named_scope` opened around it, "layers" and "fam_scan" in the decoder, and what it went
-through: `transpose(jvp(layers))` is the backward pass, `rematted_computation` in it the forward pass done again.
+its `op_name`: those that `jax.named_scope` opened around it, "layers", "fam_scan" and "attention" in the decoder, and
+what it went through: `transpose(jvp(layers))` is the backward pass, `rematted_computation` in it the forward pass done
+again.
 """
 
 import dataclasses

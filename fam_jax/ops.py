@@ -115,7 +115,8 @@ def attend_by_block(q: Array, sources: list[Source]) -> Array:
         return None, attend(q, masked)
 
     blocks = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, own))
-    _, attended = jax.lax.scan(jax.checkpoint(one, prevent_cse=False), None, blocks)
+    with jax.named_scope("attention"):  # by which the loop is found in a compiled program
+        _, attended = jax.lax.scan(jax.checkpoint(one, prevent_cse=False), None, blocks)
     return jnp.moveaxis(attended, 0, 1)
 
 
