@@ -188,7 +188,7 @@ def compile_generation(config: TrainConfig, devices: list[Any], what: str) -> tu
     """
     mesh, data = make_mesh(config.mesh, devices), config.data
     assert isinstance(data, TextData)
-    model: Any = Decoder(dataclasses.replace(config.model, param_dtype=config.model.dtype, remat=False))
+    model: Any = Decoder(dataclasses.replace(config.model, param_dtype=config.model.dtype, remat="none"))
     rules = config.model.sharding
 
     def step(params: Any, state: StreamState, tokens: jax.Array, lengths: jax.Array) -> Any:
@@ -218,6 +218,15 @@ def compile_generation(config: TrainConfig, devices: list[Any], what: str) -> tu
         lowered = jitted.lower(*arguments)
         start = time.perf_counter()
         return lowered.compile(), counted, time.perf_counter() - start
+
+
+def forward_flops(model: DecoderConfig, rows: int, length: int) -> tuple[int, int]:
+    """Operations of the forward pass over whole documents, counted on the jaxpr and by the closed formula."""
+    decoder: Any = Decoder(model)
+    tokens = jax.ShapeDtypeStruct((rows, length), "int32")
+    params = jax.eval_shape(lambda tokens: decoder.init(jax.random.key(0), tokens[:1]), tokens)
+    counted = flops.count(lambda params, tokens: decoder.apply(params, tokens, targets=tokens).losses, params, tokens)
+    return counted, flops.forward_flops(model, rows, length)
 
 
 def result_name(options: Options) -> str:
@@ -260,9 +269,11 @@ def run(options: Options) -> tuple[results.Result, Path, str]:
     model = f"{options.preset} {options.memory}{' with LIMe' if options.lime else ''}"
     what = "" if options.what == "train" else f", {options.what}"
     label = f"{model}{what}, {options.topology}, {options.mesh}"
-    formula = None
-    if options.what == "train" and not (options.lime or config.accumulate > 1):
-        formula = flops.train_flops(config.model, options.batch, options.length)
+    part = options.batch // config.accumulate
+    forward, formula, whole = None, None, None
+    if options.what == "train":
+        forward, formula = forward_flops(config.model, part, options.length)
+        whole = 3 * config.accumulate * formula
     curve = {
         "label": label,
         "seed": 0,
@@ -272,7 +283,9 @@ def run(options: Options) -> tuple[results.Result, Path, str]:
         "argument_gib": [memory["argument"] / gib],
         "devices": [len(devices)],
         "flops": [counted],
-        "flops_formula": [formula],
+        "flops_formula": [whole],
+        "forward_flops": [forward],  # of one part of the batch
+        "forward_formula": [formula],
         "collective_gb": [hlo.total_bytes(loops) / 1e9],
         "fam_scan_gb": [hlo.total_bytes(loops, "fam_scan") / 1e9],
         "fam_scan_moves": [hlo.total_count(loops, hlo.MOVES, "fam_scan")],

@@ -26,8 +26,9 @@ from experiments.results import Result
 DIRECTORY = results.DIRECTORY / "aot"
 BATCH, LENGTH = 128, 8192
 
-# The gates: share of the usable memory, and FAM's peak, collective bytes and operations against BSWA's.
-PEAK, PEAK_RATIO, BYTES_RATIO, FLOPS_RATIO = 0.9, 1.35, 1.6, 1.06
+# The gates: share of the usable memory; FAM's peak, collective bytes and operations against BSWA's; difference of the
+# operations of a forward pass to the closed formula.
+PEAK, PEAK_RATIO, BYTES_RATIO, FLOPS_RATIO, FORMULA = 0.9, 1.35, 1.6, 1.06, 0.01
 
 # Preset, topology, rows at once: a row or two a chip, as attention's scores of all blocks are there at once.
 TRAINING = (
@@ -100,6 +101,8 @@ def verdict(curve: dict, bswa: dict | None) -> str:
     missed = [] if peak <= PEAK * usable else [f"peak over {PEAK:.0%}"]
     if curve["fam_scan_moves"][0]:
         missed.append("the FAM scan moves arrays")
+    if abs(curve["forward_flops"][0] / curve["forward_formula"][0] - 1) > FORMULA:
+        missed.append("the forward count is not the formula's")
     if bswa is not None:
         for name, field, gate in (
             ("peak", "peak_gib", PEAK_RATIO),
@@ -114,7 +117,8 @@ def verdict(curve: dict, bswa: dict | None) -> str:
 def training_table(found: Sequence[Result]) -> str:
     """Markdown of the training steps; ratios are to BSWA on the same chips at the same number of rows at once."""
     heading = ["model, chips", "rows at once", "peak, GiB", "of usable", "peak / BSWA", "collectives, GB", "/ BSWA"]
-    heading += ["in FAM scan, MB", "moves", "PFLOP", "/ BSWA", "compiled in, s", "in bounds"]
+    heading += ["in FAM scan, MB", "moves", "PFLOP", "/ BSWA", "forward / formula"]
+    heading += ["compiled in, s", "in bounds"]
     cells = [heading]
     curves = {_key(result): result.values["curves"][0] for result in found if _settings(result)["what"] == "train"}
     for (preset, topology, memory, lime, rows_at_once), curve in curves.items():
@@ -137,6 +141,7 @@ def training_table(found: Sequence[Result]) -> str:
                 str(curve["fam_scan_moves"][0]),
                 f"{curve['flops'][0] / 1e15:.2f}",
                 ratio("flops"),
+                f"{curve['forward_flops'][0] / curve['forward_formula'][0]:.4f}",
                 f"{curve['compile_seconds'][0]:.0f}",
                 # The operations of LIMe's mixing are its own, and the gate is FAM's.
                 verdict(curve | ({"flops": [0]} if lime else {}), bswa),

@@ -92,7 +92,7 @@ def layer(
             skip_incomplete=width < size,
         )
         sources.append(fam_source)
-    attended = attend_by_block(q, sources) if config.remat and windows > 1 else attend(q, sources)
+    attended = attend_by_block(q, sources) if config.remat != "none" and windows > 1 else attend(q, sources)
     carry, depth = finish(config, mixer, params, x, add, attended, depth)
     carry = constrain(rules, carry, "batch", "block", None, None)
 

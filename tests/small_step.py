@@ -23,7 +23,7 @@ MODEL = DecoderConfig(
     d_ff=1024,
     memory=MemoryConfig(block_size=64, segments=1, fam_length=8, rsp=0.8),
     dtype="bfloat16",
-    remat=True,
+    remat="full",
 )
 
 
