@@ -1,9 +1,12 @@
-"""Compiles a training step for real TPUs on a machine without one, and says whether it fits and what it sends.
+"""Compiles a step for real TPUs on a machine without one, and says whether it fits and what it sends.
 
 python -m experiments.aot --preset palm_1b --memory fam --topology v5e:4x4 --batch 128 --microbatch 128 --length 8192
+python -m experiments.aot --what decode --preset palm_1b --topology v5e:4x4 --mesh fsdp=1,tensor=4,data=4 --batch 128
 
-Needs `pip install -e ".[tpu]"` for the TPU's compiler, and no TPU. The step is the trainer's own: Adafactor with
-momentum, float32 parameters, bfloat16 products, rows that carry their memory, blocked cross entropy. What is printed:
+Needs `pip install -e ".[tpu]"` for the TPU's compiler, and no TPU. The training step is the trainer's own: Adafactor
+with momentum, float32 parameters, bfloat16 products, rows that carry their memory, blocked cross entropy. Those of
+generation are what `fam_jax.generate` runs, with weights in the type of the products: "prefill" reads `length` tokens
+of each row, "decode" reads one more and chooses the next. `experiments.aot_table` has many at once. What is printed:
 peak memory of a chip against the usable one, operations counted on the program and by the closed formula without
 recomputation, bytes of collectives by loop, and the seconds it took to compile.
 """
@@ -20,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import tyro
 from jax.experimental import topologies
 
@@ -30,16 +34,17 @@ from experiments.data import TextData
 from experiments.optim import OptimConfig, make_optimizer
 from experiments.step import create_state, make_train_step, shard
 from experiments.typed import to_json
-from fam_jax import Decoder, DecoderConfig, MeshConfig, make_mesh, presets
+from fam_jax import Decoder, DecoderConfig, MeshConfig, StreamState, make_mesh, presets, tree_shardings
 from fam_jax.sharding import MESH_AXES, fit
 from lime_jax import LimeConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Compiles a training step for a TPU topology.
+    """Compiles a step for a TPU topology.
 
     Attributes:
+        what: The training step, or one of generation.
         preset: Shape of the model; a function of `fam_jax.presets`.
         memory: FAM, its window alone, or full attention.
         lime: With LIMe.
@@ -47,11 +52,12 @@ class Options:
         mesh: Sizes of the mesh's axes, e.g. fsdp=-1,tensor=4; those left out are 1.
         batch: Rows of a step, over all chips.
         microbatch: Rows of each part whose gradients are added up; None is the whole batch.
-        length: Tokens of a row.
+        length: Tokens of a row; of decoding with full attention, those that the cache has room for.
         name: Of the result; None is made of the above.
         output: Folder of the result file.
     """
 
+    what: Literal["train", "prefill", "decode"] = "train"
     preset: str = "palm_1b"
     memory: Literal["fam", "bswa", "full"] = "fam"
     lime: bool = False
@@ -104,6 +110,10 @@ def train_config(options: Options) -> TrainConfig:
         ValueError: The options do not fit together.
     """
     model = model_config(options)
+    if options.what != "train" and options.microbatch is not None:
+        raise ValueError(
+            f"microbatch={options.microbatch} is for training; what={options.what!r} reads all rows at once"
+        )
     part = options.microbatch or options.batch
     if part < 1 or options.batch % part:
         raise ValueError(f"microbatch={part} is not allowed; it must divide batch={options.batch}")
@@ -170,6 +180,63 @@ def compile_step(config: TrainConfig, devices: list[Any]) -> tuple[Any, int, flo
         return lowered.compile(), counted, time.perf_counter() - start
 
 
+def compile_generation(config: TrainConfig, devices: list[Any], what: str) -> tuple[Any, int, float]:
+    """The same of a step of `fam_jax.generate`: "prefill" reads texts, "decode" a token, and takes the likeliest next.
+
+    Raises:
+        ValueError: The mesh does not fit the devices.
+    """
+    mesh, data = make_mesh(config.mesh, devices), config.data
+    assert isinstance(data, TextData)
+    model: Any = Decoder(dataclasses.replace(config.model, param_dtype=config.model.dtype, remat="none"))
+    rules = config.model.sharding
+
+    def step(params: Any, state: StreamState, tokens: jax.Array, lengths: jax.Array) -> Any:
+        out = model.apply({"params": params}, tokens, state, lengths=lengths)
+        return out.state if what == "prefill" else (jnp.argmax(out.logits[:, 0], axis=-1), out.state)
+
+    def place(tree: Any, params: Any = None) -> Any:
+        places = tree_shardings(rules, mesh, tree, params)
+        return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
+
+    rows = data.batch_size
+    with jax.set_mesh(mesh):
+        block = config.model.memory.block_size if config.model.memory else 1
+        tokens = jax.ShapeDtypeStruct((1, block), "int32")
+        params = place(jax.eval_shape(lambda tokens: model.init(jax.random.key(0), tokens), tokens)["params"])
+        room = None if config.model.memory else data.length
+        state = place(jax.eval_shape(lambda: model.init_state(rows, room)), params)
+
+        def ids(*shape: int) -> Any:
+            spec = fit(rules.spec("batch", *[None] * (len(shape) - 1)), shape, mesh)
+            return jax.ShapeDtypeStruct(shape, "int32", sharding=jax.sharding.NamedSharding(mesh, spec))
+
+        arguments = (params, state, ids(rows, data.length if what == "prefill" else 1), ids(rows))
+        counted = flops.count(step, *arguments)
+        after = jax.tree.map(lambda leaf: leaf.sharding, state)
+        jitted: Any = jax.jit(step, donate_argnums=1, out_shardings=after if what == "prefill" else (None, after))
+        lowered = jitted.lower(*arguments)
+        start = time.perf_counter()
+        return lowered.compile(), counted, time.perf_counter() - start
+
+
+def forward_flops(model: DecoderConfig, rows: int, length: int) -> tuple[int, int]:
+    """Operations of the forward pass over whole documents, counted on the jaxpr and by the closed formula."""
+    decoder: Any = Decoder(model)
+    tokens = jax.ShapeDtypeStruct((rows, length), "int32")
+    params = jax.eval_shape(lambda tokens: decoder.init(jax.random.key(0), tokens[:1]), tokens)
+    counted = flops.count(lambda params, tokens: decoder.apply(params, tokens, targets=tokens).losses, params, tokens)
+    return counted, flops.forward_flops(model, rows, length)
+
+
+def result_name(options: Options) -> str:
+    """What the result is called: its own name, or one made of what is compiled and for what."""
+    kind = "" if options.what == "train" else f"-{options.what}"
+    lime = "-lime" if options.lime else ""
+    topology = options.topology.replace(":", "-")
+    return options.name or f"aot-{options.preset}-{options.memory}{lime}{kind}-{topology}"
+
+
 def run(options: Options) -> tuple[results.Result, Path, str]:
     """Compiles and measures.
 
@@ -184,7 +251,10 @@ def run(options: Options) -> tuple[results.Result, Path, str]:
     devices = tpu_devices(options.topology)
     start = time.perf_counter()
     try:
-        compiled, counted, seconds = compile_step(config, devices)
+        if options.what == "train":
+            compiled, counted, seconds = compile_step(config, devices)
+        else:
+            compiled, counted, seconds = compile_generation(config, devices, options.what)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -196,12 +266,14 @@ def run(options: Options) -> tuple[results.Result, Path, str]:
     loops = hlo.read(compiled.as_text())
     usable = hlo.USABLE_BYTES.get(devices[0].device_kind)
     gib = 2.0**30
-    label = (
-        f"{options.preset} {options.memory}{' with LIMe' if options.lime else ''}, {options.topology}, {options.mesh}"
-    )
-    formula = None
-    if not (options.lime or config.accumulate > 1):
-        formula = flops.train_flops(config.model, options.batch, options.length)
+    model = f"{options.preset} {options.memory}{' with LIMe' if options.lime else ''}"
+    what = "" if options.what == "train" else f", {options.what}"
+    label = f"{model}{what}, {options.topology}, {options.mesh}"
+    part = options.batch // config.accumulate
+    forward, formula, whole = None, None, None
+    if options.what == "train":
+        forward, formula = forward_flops(config.model, part, options.length)
+        whole = 3 * config.accumulate * formula
     curve = {
         "label": label,
         "seed": 0,
@@ -211,18 +283,19 @@ def run(options: Options) -> tuple[results.Result, Path, str]:
         "argument_gib": [memory["argument"] / gib],
         "devices": [len(devices)],
         "flops": [counted],
-        "flops_formula": [formula],
+        "flops_formula": [whole],
+        "forward_flops": [forward],  # of one part of the batch
+        "forward_formula": [formula],
         "collective_gb": [hlo.total_bytes(loops) / 1e9],
         "fam_scan_gb": [hlo.total_bytes(loops, "fam_scan") / 1e9],
+        "fam_scan_moves": [hlo.total_count(loops, hlo.MOVES, "fam_scan")],
         "compile_seconds": [round(seconds, 1)],
     }
     settings = to_json(dataclasses.asdict(options))
     del settings["output"]
     result = results.make(
         "aot",
-        options.name
-        or f"aot-{options.preset}-{options.memory}{'-lime' if options.lime else ''}-"
-        f"{options.topology.replace(':', '-')}",
+        result_name(options),
         config={"aot": settings, "train": to_json(config)},
         seeds=[0],
         values={"curves": [curve], "marks": [], "collectives": hlo.table(loops)},

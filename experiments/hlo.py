@@ -2,8 +2,9 @@
 
 Reads the text that the TPU, GPU and CPU compilers give, `compiled.as_text()`, because no other interface knows of
 loops: a collective in a scan over 56 layers stands there once and runs 56 times. A loop is recognised by the scopes of
-its `op_name`: those that `jax.named_scope` opened around it, "layers" and "fam_scan" in the decoder, and what it went
-through: `transpose(jvp(layers))` is the backward pass, `rematted_computation` in it the forward pass done again.
+its `op_name`: those that `jax.named_scope` opened around it, "layers", "fam_scan" and "attention" in the decoder, and
+what it went through: `transpose(jvp(layers))` is the backward pass, `rematted_computation` in it the forward pass done
+again.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all")
+MOVES = tuple(kind for kind in KINDS if kind != "all-reduce")  # those that move arrays
 
 # Bytes that a program may use on a device, by `device_kind`. TPUs: what the compiler calls "available HBM" when it
 # refuses a program that needs more (libtpu 0.0.50); a device of v3, v4 and TPU7x is one of a chip's two cores there.
@@ -262,6 +264,19 @@ def total_bytes(loops: Iterable[Loop], scope: str | None = None) -> int:
         if loop.executions is None:
             raise ValueError(f"the loop {loop.name} ({loop.label}) has no known number of passes")
         total += loop.executions * sum(traffic.bytes for traffic in loop.traffic.values())
+    return total
+
+
+def total_count(loops: Iterable[Loop], kinds: Sequence[str] = KINDS, scope: str | None = None) -> int:
+    """Collectives of some kinds in a run of the program; arguments and errors as of `total_bytes`."""
+    total = 0
+    for loop in loops:
+        found = sum(traffic.count for kind, traffic in loop.traffic.items() if kind in kinds)
+        if not found or (scope is not None and not loop.within(scope)):
+            continue
+        if loop.executions is None:
+            raise ValueError(f"the loop {loop.name} ({loop.label}) has no known number of passes")
+        total += loop.executions * found
     return total
 
 

@@ -16,7 +16,7 @@ def embed_blocks(config: DecoderConfig, params: dict[str, Any], tokens: Array, l
     """Embedded tokens [b, t] at their places in the blocks of a call: [b, n, w, d]."""
     source = layout.source.reshape(tokens.shape[0], -1)
     ids = jnp.take_along_axis(tokens, source, axis=1) if tokens.shape[1] else jnp.zeros_like(source)
-    table = gather(config.sharding, {"embed": params["embed"].astype(config.dtype)})["embed"]
+    table = gather(config.sharding, {"embed": params["embed"].astype(config.dtype)}, looped=False)["embed"]
     x = jnp.take(table, ids, axis=0).reshape(*layout.source.shape, config.d_model)
     return constrain(config.sharding, x, "batch", "block", None, None)
 

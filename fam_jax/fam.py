@@ -17,12 +17,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from fam_jax import sequence
 from fam_jax.config import DecoderConfig, MemoryConfig
 from fam_jax.ops import Source, accumulation_dtype, attend, rotate
 from fam_jax.plan import Plan
-from fam_jax.remat import recompute
+from fam_jax.remat import UPDATED
 from fam_jax.sharding import constrain
 from fam_jax.sublayers import LayerParams, finish, project
 from lime_jax import Depth, Mixer
@@ -201,6 +202,7 @@ def scan_blocks(
             return new
 
         new = jax.lax.cond(jnp.any(complete), compress, lambda: fam) if skip_incomplete else compress()
+        new = checkpoint_name(new, UPDATED)
         # Were the carry laid out otherwise than it came in, every block would move it.
         fam = constrain(config.sharding, jnp.where(complete[:, None, None], new, fam), "batch", None, None)
         kept = jnp.where(store, jax.lax.stop_gradient(fam), kept)
@@ -209,7 +211,8 @@ def scan_blocks(
 
     def scan(fam, operands):
         *shared, xs = operands
-        one = recompute(config.remat, partial(step, shared))
+        # No checkpoint of its own: where layers are computed again, updates would be a third time.
+        one = partial(step, shared)
         with jax.named_scope("fam_scan"):  # by which the loop is found in a compiled program
             (fam, kept), out = jax.lax.scan(one, (fam, jnp.zeros_like(fam)), xs)
         return fam, (kept, out)

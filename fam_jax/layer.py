@@ -12,7 +12,7 @@ from jax import Array
 from fam_jax import sequence
 from fam_jax.config import DecoderConfig
 from fam_jax.fam import FamInputs, scan_blocks
-from fam_jax.ops import Source, attend, rotate
+from fam_jax.ops import Source, attend, attend_by_block, rotate
 from fam_jax.plan import Plan
 from fam_jax.sharding import constrain
 from fam_jax.state import LayerMemory
@@ -92,7 +92,8 @@ def layer(
             skip_incomplete=width < size,
         )
         sources.append(fam_source)
-    carry, depth = finish(config, mixer, params, x, add, attend(q, sources), depth)
+    attended = attend_by_block(q, sources) if config.remat != "none" and windows > 1 else attend(q, sources)
+    carry, depth = finish(config, mixer, params, x, add, attended, depth)
     carry = constrain(rules, carry, "batch", "block", None, None)
 
     done = sequence.total(jnp.sum(plan.complete, axis=1))

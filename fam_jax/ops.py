@@ -92,6 +92,34 @@ def attend(q: Array, sources: list[Source]) -> Array:
     return sum(parts[1:], parts[0]).reshape(*lead, queries, heads, width).astype(q.dtype)
 
 
+def attend_by_block(q: Array, sources: list[Source]) -> Array:
+    """`attend` of one block after another, whose scores the backward pass computes again.
+
+    So there are those of one block at a time. Over a whole text, in float32, they are the most memory that a layer
+    takes: [b, n, h, c, s].
+
+    Args:
+        q: Rotated queries [b, n, c, h, k].
+        sources: Keys and values [b, n, s, g, k]; masks [b or 1, n, c or 1, s], or [c, s] for all blocks.
+    """
+    shared = [source.mask if source.mask is not None and source.mask.ndim == 2 else None for source in sources]
+    own = [
+        source._replace(mask=None) if mask is not None else source for source, mask in zip(sources, shared, strict=True)
+    ]
+
+    def one(_, block):
+        q, own = block
+        masked = [
+            source if mask is None else source._replace(mask=mask) for source, mask in zip(own, shared, strict=True)
+        ]
+        return None, attend(q, masked)
+
+    blocks = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, own))
+    with jax.named_scope("attention"):  # by which the loop is found in a compiled program
+        _, attended = jax.lax.scan(jax.checkpoint(one, prevent_cse=False), None, blocks)
+    return jnp.moveaxis(attended, 0, 1)
+
+
 def feed_forward(w_gate: Array, w_up: Array, w_down: Array, x: Array) -> Array:
     """SwiGLU: (silu(x w_gate) * x w_up) w_down, x of any shape [..., d]."""
     # One row axis: XLA's CPU backend is nearly twice as fast at the gradient of such products.

@@ -1,7 +1,8 @@
 """What the backward pass finds kept of the forward pass, and what it computes again: `DecoderConfig.remat`.
 
 Everything that is kept takes memory for every layer until the backward pass gets there; what is not is computed a
-second time. Kept of a layer, in numbers per token (d width, e feed-forward width, h query and g key/value heads of k):
+second time. The FAM that left each block, a few rows, is kept by all but with mixed layers: so the backward pass need not
+compute the end of its updates. Kept of a layer, in numbers per token (d width, e feed-forward width, h query and g key/value heads of k):
 
 | name | kept | about |
 |---|---|---|
@@ -18,14 +19,14 @@ from typing import Any
 
 import jax
 
-# Names that `jax.ad_checkpoint.checkpoint_name` gives in `fam_jax.sublayers`.
-PROJECTED, ATTENDED = "projected", "attended"
+# Names that `jax.ad_checkpoint.checkpoint_name` gives in `fam_jax.sublayers` and `fam_jax.fam`.
+PROJECTED, ATTENDED, UPDATED = "projected", "attended", "updated"
 
 POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names(PROJECTED, ATTENDED),
-    "full": None,
+    "attention": jax.checkpoint_policies.save_only_these_names(PROJECTED, ATTENDED, UPDATED),
+    "full": jax.checkpoint_policies.save_only_these_names(UPDATED),
 }
 
 

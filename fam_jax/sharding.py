@@ -15,6 +15,7 @@ arrays have named, *logical* axes, `ShardingRules` maps these to axes of the mes
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -228,7 +229,7 @@ def constrain(rules: ShardingRules, x: Array, *axes: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, fit(spec, x.shape, mesh))
 
 
-def gather(rules: ShardingRules, params: Any) -> Any:
+def gather(rules: ShardingRules, params: Any, *, looped: bool = True) -> Any:
     """Weights of a layer, or the embedding, put together over `fsdp` before they are used more than once.
 
     XLA would gather them anew at every block of the FAM's scan. Their gradients are spread again.
@@ -236,6 +237,8 @@ def gather(rules: ShardingRules, params: Any) -> Any:
     Args:
         rules: The rules.
         params: A mapping or dataclass of parameters without a layer axis, by their names.
+        looped: A loop uses them. Then their gradients must be whole on every device until they are summed, because XLA
+            would sum spread ones in every pass of the loop; otherwise no device need ever have all of them.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -243,10 +246,28 @@ def gather(rules: ShardingRules, params: Any) -> Any:
 
     def one(path: tuple, leaf: Array) -> Array:
         axes = _axes(path)
-        whole = dataclasses.replace(rules, embed=())
-        return constrain(whole, leaf, *axes) if "embed" in axes else leaf
+        if "embed" not in axes:
+            return leaf
+        return constrain(dataclasses.replace(rules, embed=()), leaf, *axes) if looped else _whole(rules, axes, leaf)
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _whole(rules: ShardingRules, axes: tuple[str | None, ...], x: Array) -> Array:
+    """`x` with these logical axes, put together over the width, its gradient spread as `x` is."""
+    return constrain(dataclasses.replace(rules, embed=()), x, *axes)
+
+
+def _whole_forward(rules: ShardingRules, axes: tuple[str | None, ...], x: Array) -> tuple[Array, None]:
+    return _whole(rules, axes, x), None
+
+
+def _whole_backward(rules: ShardingRules, axes: tuple[str | None, ...], _: None, d_x: Array) -> tuple[Array]:
+    return (constrain(rules, d_x, *axes),)
+
+
+_whole.defvjp(_whole_forward, _whole_backward)
 
 
 def _names(path: tuple) -> list[str]:

@@ -1,7 +1,9 @@
 """Compiling a training step for a real TPU topology, at a size that compiles in seconds."""
 
 import dataclasses
+import functools
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -28,6 +30,28 @@ def compiled(folder, *options):
     return values["curves"][0], values["collectives"]
 
 
+@functools.cache
+def small(*words):
+    """What `small_step.py` prints."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip('compiling for a TPU needs libtpu: pip install -e ".[tpu]"')
+    command = [sys.executable, str(ROOT / "tests" / "small_step.py"), *words]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("words", [("fam",), ("fam", "lime")])
+def test_fam_sends_hardly_more_than_its_window_alone(words):
+    fam, bswa = small(*words), small("bswa")
+    assert fam["FAM scans"]
+    assert fam["moves in the FAM scan"] == 0, fam["table"]
+    assert fam["bytes in the FAM scan"] <= 1e-3 * fam["bytes"], fam["table"]  # small sums: gradients of the norms
+    # The prompt climbs by the same gathered weights, and gradients of all uses of a weight are summed before they move.
+    assert fam["gathered"] <= 1.01 * bswa["gathered"], fam["table"]
+    assert fam["bytes"] <= 1.02 * bswa["bytes"], fam["table"]
+
+
 @pytest.mark.parametrize("options", [(), ("--microbatch", "4")])
 def test_the_fam_scan_moves_no_weights(tmp_path, options):
     curve, collectives = compiled(tmp_path, *options)
@@ -42,13 +66,24 @@ def test_the_fam_scan_moves_no_weights(tmp_path, options):
     assert curve["devices"] == [4]
     if not options:
         assert curve["flops"] == curve["flops_formula"]  # nothing is recomputed at this size
+    assert curve["forward_flops"] == curve["forward_formula"]
 
 
 def test_with_lime(tmp_path):
     curve, collectives = compiled(tmp_path, "--lime")
     assert curve["peak_gib"][0] < 0.9 * curve["usable_gib"][0]
-    assert curve["flops_formula"] == [None]
+    assert curve["forward_flops"][0] == pytest.approx(curve["forward_formula"][0], rel=0.01)
     assert "fam_scan" in collectives
+
+
+@pytest.mark.parametrize("what", ["prefill", "decode"])
+def test_generation(tmp_path, what):
+    curve, collectives = compiled(tmp_path, "--what", what)
+    assert curve["peak_gib"][0] < 0.9 * curve["usable_gib"][0]
+    assert ("fam_scan" in collectives) == (what == "prefill")  # a token's step goes through the layers block by block
+    assert curve["fam_scan_moves"] == [0]
+    assert curve["flops"][0] > 0
+    assert what in curve["label"]
 
 
 def test_bswa_counts_less(tmp_path):
@@ -76,6 +111,7 @@ def test_the_run_that_is_compiled():
         ({"mesh": "fsdp"}, "mesh='fsdp' is not allowed; give AXIS=SIZE,... with the axes data, fsdp"),
         ({"mesh": "rows=2"}, "mesh='rows=2' is not allowed"),
         ({"microbatch": 3}, "microbatch=3 is not allowed; it must divide batch=8"),
+        ({"microbatch": 4, "what": "decode"}, "microbatch=4 is for training; what='decode' reads all rows at once"),
     ],
 )
 def test_wrong_options(change, message):
