@@ -367,13 +367,8 @@ def load_model(
 ) -> tuple[Decoder, dict[str, Any], TrainConfig]:
     """Reads a trained model: the decoder, its variables and the config of its run.
 
-    The other arguments and the errors are those of `find_checkpoint`.
-
-    Args:
-        path: See there.
-        step: See there.
-        mesh: Parameters are spread over it as they are read, by the rules of the run; needed with several processes,
-            which all must call this. None: all on one device.
+    Path, step and errors are those of `find_checkpoint`. Over the mesh, parameters are spread as they are read, by the
+    rules of the run; several processes, which must all call this, need one. None: all on one device.
     """
 
     def find() -> list[Any]:
