@@ -1,8 +1,9 @@
 """What the backward pass finds kept of the forward pass, and what it computes again: `DecoderConfig.remat`.
 
 Everything that is kept takes memory for every layer until the backward pass gets there; what is not is computed a
-second time. The FAM that left each block, a few rows, is kept by all but with mixed layers: so the backward pass need not
-compute the end of its updates. Kept of a layer, in numbers per token (d width, e feed-forward width, h query and g key/value heads of k):
+second time. The FAM that left each block, a few rows, is kept by all but with mixed layers: so the backward pass need
+not compute the end of its updates. Kept of a layer, in numbers per token (d width, e feed-forward width, h query and g
+key/value heads of k):
 
 | name | kept | about |
 |---|---|---|
