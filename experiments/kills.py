@@ -48,6 +48,7 @@ RUN = "--optim.warmup-steps 10 --log-every 1 --eval-every 0 --keep 2"
 DOCUMENTS = 12  # of made-up text, of 400 to 2,000 letters: many end on the way
 ANYWHERE, SAVING = "at a random moment", "while a checkpoint is written"
 STARTING = 0.3  # of the kills at a random moment, so many come before the first step of a process, as far as time tells
+CLOCK = {"tokens_per_second", "flops_per_second", "mfu"}  # metrics that depend on the clock
 PATIENCE = 600  # seconds to wait for a process to make its next step
 
 
@@ -171,7 +172,7 @@ class Run:
         """The metrics, without what depends on the clock."""
         path = self.config.directory / "metrics.jsonl"
         rows = read_metrics(path) if path.exists() else []
-        return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+        return [{name: value for name, value in row.items() if name not in CLOCK} for row in rows]
 
     def finish(self, process: subprocess.Popen) -> None:
         """Waits for a process to make all steps."""
