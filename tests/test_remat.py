@@ -78,11 +78,12 @@ def test_the_less_is_kept_the_more_is_computed_again(name):
 
 @pytest.mark.parametrize("mixing", [LimeConfig(), LimeConfig(backward="rebuild"), DepthAttentionConfig()])
 def test_layers_that_are_written_once_are_always_computed_again(mixing):
-    """To the layer, `none` and `full` are one there; what they keep of the FAM's scan within a layer differs."""
+    """`none` and `full` keep the same of each layer; within it, `full` computes attention's scores again."""
     config = dataclasses.replace(MODELS["BSWA"], mixing=mixing)
     arguments = shapes(config, 2, 64)
     none, full = (flops.count(gradient(dataclasses.replace(config, remat=r)), *arguments) for r in ("none", "full"))
-    assert none == full > 3.2 * flops.count(lambda *given: Decoder(config).apply(*given).logits, *arguments)
+    forward = flops.count(lambda *given: Decoder(config).apply(*given).logits, *arguments)
+    assert 3.2 * forward < none < full < 1.2 * none
     for remat in ("dots", "attention"):
         with pytest.raises(ValueError, match=rf"DecoderConfig.remat='{remat}' is not possible with mixing="):
             dataclasses.replace(config, remat=remat)
