@@ -102,13 +102,13 @@ class Kill:
         when: ANYWHERE or SAVING.
         step: The last one in the metrics.
         saving: The step of the checkpoint that was being written, as its folder shows; None if there was none.
-        resumed: The step after which the next process went on.
+        resumed: The step after which the next process went on; None if it was killed before.
     """
 
     when: str
     step: int
     saving: int | None
-    resumed: int
+    resumed: int | None
 
 
 class Run:
@@ -163,10 +163,11 @@ class Run:
         found = [path.name for path in self.checkpoints.glob("saving-*")]
         return int(found[0].removeprefix("saving-")) if found else None
 
-    def resumed(self) -> int:
-        """The step after which the last process has gone on; 0 if it began anew."""
-        found = re.search(r"continuing after step ([\d,]+) of", self.log.read_text(errors="replace"))
-        return int(found[1].replace(",", "")) if found else 0
+    def resumed(self) -> int | None:
+        """The step after which the last process has gone on; 0 if it began anew; None if it did not get that far."""
+        log = self.log.read_text(errors="replace")
+        found = re.search(r"continuing after step ([\d,]+) of", log)
+        return int(found[1].replace(",", "")) if found else 0 if "a new run of" in log else None
 
     def rows(self) -> list[dict[str, Any]]:
         """The metrics, without what depends on the clock."""
@@ -300,7 +301,7 @@ def measure(options: Options, work: Path) -> dict[str, Any]:
             if when == SAVING and saving is None:
                 missed += 1  # it was through just before; the next process is killed in its place
                 continue
-            pending = Kill(when, step, saving, -1)
+            pending = Kill(when, step, saving, None)
     compare(wanted, killed.rows(), "at the end")
     (position, sums), (other_position, other_sums) = arrays(straight.config), arrays(killed.config)
     differ = [name for name in sums | other_sums if sums.get(name) != other_sums.get(name)]
