@@ -76,6 +76,16 @@ def test_with_lime(tmp_path):
     assert "fam_scan" in collectives
 
 
+def test_a_text_spread_over_chips_moves_only_edges_and_gradients(tmp_path):
+    """Segments and the FAM go from chip to chip; no chip gathers the text of others, or weights."""
+    curve, collectives = compiled(tmp_path, "--lime", "--mesh", "sequence=4")
+    header = collectives.splitlines()[0]
+    assert "collective-permute" in header
+    assert "all-gather" not in header, collectives
+    assert "all-to-all" not in header, collectives
+    assert curve["fam_scan_moves"] == [0]
+
+
 @pytest.mark.parametrize("what", ["prefill", "decode"])
 def test_generation(tmp_path, what):
     curve, collectives = compiled(tmp_path, "--what", what)
