@@ -118,7 +118,7 @@ def _run(options: Options, mesh: Mesh) -> tuple[results.Result, Path, Path]:
     _check_options(options, task, f"the run {config.name!r} was trained on {trained_on}")
     # What is measured for minutes must have a place to go to.
     folder = options.output or run_folder(options.checkpoint) / "results"
-    output = Path(on_main(lambda: str(results.make_directory(folder)), (ValueError, OSError)))
+    output = location(on_main(lambda: str(results.make_directory(folder)), (ValueError, OSError)))
     if task == "passkey":
         values, manifest, seeds = _passkey(options, model, variables, config)
     elif task == "loss-by-position":
@@ -146,7 +146,7 @@ def _run(options: Options, mesh: Mesh) -> tuple[results.Result, Path, Path]:
         return [str(file), str(report.plot(result, file.with_suffix(".png")))]
 
     file, figure = on_main(write, (ValueError, OSError))
-    return result, Path(file), Path(figure)
+    return result, location(file), location(figure)
 
 
 def main() -> int:
