@@ -188,7 +188,7 @@ def compile_generation(config: TrainConfig, devices: list[Any], what: str) -> tu
     """
     mesh, data = make_mesh(config.mesh, devices), config.data
     assert isinstance(data, TextData)
-    model: Any = Decoder(dataclasses.replace(config.model, param_dtype=config.model.dtype, remat="none"))
+    model: Any = Decoder(dataclasses.replace(config.model, param_dtype=config.model.dtype))
     rules = config.model.sharding
 
     def step(params: Any, state: StreamState, tokens: jax.Array, lengths: jax.Array) -> Any:

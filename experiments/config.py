@@ -15,7 +15,7 @@ from experiments.data.prosqa import ProsqaData
 from experiments.files import location
 from experiments.optim import OptimConfig, make_schedule
 from experiments.typed import check_types
-from fam_jax import DecoderConfig, MeshConfig
+from fam_jax import DecoderConfig, MeshConfig, make_mesh
 
 # What may differ when a run is continued; the trainer prints what does. Everything else makes it another run.
 MAY_CHANGE = re.compile(
@@ -194,7 +194,7 @@ def check_mesh(config: TrainConfig, mesh: Mesh) -> None:
         return
     if isinstance(data, PasskeyData):
         raise ValueError(
-            f"mesh.sequence={size} is not allowed with PassKey, whose rows grow by single blocks; set it to 1"
+            f"mesh.sequence={size} is not allowed with PassKey, whose rows grow block by block; set mesh.sequence to 1"
         )
     if memory is None or config.model.schedule == "block":
         what = "full attention (model.memory=None)" if memory is None else "model.schedule='block'"
@@ -206,3 +206,18 @@ def check_mesh(config: TrainConfig, mesh: Mesh) -> None:
             f"data.length={data.length} is not allowed with mesh.sequence={size}: it must be a multiple of "
             f"{size} x {memory.block_size} (model.memory.block_size) = {size * memory.block_size} tokens"
         )
+
+
+def reading_mesh(config: MeshConfig) -> Mesh:
+    """The mesh of a program that reads texts of any length with a trained model.
+
+    Raises:
+        ValueError: It does not fit the devices, or would spread texts, whose lengths must fit it then.
+    """
+    mesh = make_mesh(config)
+    if mesh.shape["sequence"] > 1:
+        raise ValueError(
+            f"mesh.sequence={mesh.shape['sequence']} is for training only, where all rows have one length; set "
+            "--mesh.sequence to 1, and --mesh.fsdp, --mesh.data or --mesh.tensor to more"
+        )
+    return mesh

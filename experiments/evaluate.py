@@ -25,7 +25,7 @@ from experiments import data, report, results
 from experiments import distributed as processes
 from experiments.checkpoint import CheckpointError, load_model
 from experiments.command import run_command
-from experiments.config import TrainConfig
+from experiments.config import TrainConfig, reading_mesh
 from experiments.data import TextData
 from experiments.data.passkey import Passkey, PasskeyData
 from experiments.data.questions import QuestionData
@@ -33,7 +33,7 @@ from experiments.distributed import DistributedError, Processes, is_main, on_mai
 from experiments.files import location, run_folder
 from experiments.measures import answer_accuracy, check_positive, loss_by_position, passkey_accuracy
 from experiments.typed import to_json
-from fam_jax import Decoder, MeshConfig, make_mesh
+from fam_jax import Decoder, MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
             also the functions of `experiments.measures`.
         CheckpointError: see `load_model`.
     """
-    mesh = make_mesh(options.mesh)
+    mesh = reading_mesh(options.mesh)
     with jax.set_mesh(mesh):
         return _run(options, mesh)
 

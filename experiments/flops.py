@@ -76,7 +76,8 @@ def count(fn: Callable[..., Any], *args: Any) -> int:
     """Operations of `fn(*args)` on all devices together, what a backward pass computes again included.
 
     Counts every product in the program as it is traced, masked entries and padding too: loops times their length, the
-    larger branch of a conditional, and a `jax.shard_map` times the devices that run it.
+    larger branch of a conditional, and a `jax.shard_map` times the devices that run it. So it is too high on a mesh with
+    a `sequence` axis of D devices, where the FAM's turns are conditional: its updates count D times.
 
     Args:
         fn: Anything that can be traced, jitted or not.
@@ -164,7 +165,8 @@ def idle_share(config: DecoderConfig, length: int, devices: int) -> float:
     """Share of the time that devices along the text wait for the FAM, if all operations were equally fast.
 
     With W operations of a row's tokens and F of its FAM, which is with one of D devices at a time, a device works for
-    (W + F) / D of W / D + F. On real devices the FAM's few rows are slower than that, so it is a lower bound.
+    (W + F) / D of W / D + F. On real devices the FAM's few rows take longer than their operations say; what a backward
+    pass computes again is not counted.
 
     Args:
         config: The decoder's.

@@ -24,14 +24,14 @@ from tqdm import tqdm
 
 from experiments.checkpoint import CheckpointError, load_model
 from experiments.command import run_command
-from experiments.config import TrainConfig
+from experiments.config import TrainConfig, reading_mesh
 from experiments.data import DataError, load_tokenizer
 from experiments.data.passkey import PasskeyData, PasskeyTokenizer
 from experiments.data.questions import QuestionData
 from experiments.data.tokenizers import encode_pieces
 from experiments.measures import check_positive
 from experiments.spread import as_before, initial_state
-from fam_jax import Decoder, MeshConfig, StreamState, generate, make_mesh
+from fam_jax import Decoder, MeshConfig, StreamState, generate
 from fam_jax.call import check_ids
 
 PIECE = 1 << 16  # bytes of a prompt file that are in memory at a time
@@ -211,7 +211,7 @@ def run(options: Options) -> Answer:
         if not options.prompt:
             raise DataError("--prompt is empty; a prompt needs some text")
         characters, texts = len(options.prompt), iter([options.prompt])
-    mesh = make_mesh(options.mesh)
+    mesh = reading_mesh(options.mesh)
     model, variables, config = load_model(options.checkpoint, mesh=mesh)
     tokenizer = tokenizer_of(config)
     bar = tqdm(total=characters, unit="char", unit_scale=True, disable=None, leave=False)

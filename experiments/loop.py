@@ -215,7 +215,7 @@ class _Run:
         along = self.mesh.shape["sequence"]
         if along > 1 and config.model.fam_length and not isinstance(config.data, PasskeyData):
             idle = idle_share(config.model, config.data.length, along)
-            say(f"the FAM is with one of {along} devices at a time: they are idle for at least {idle:.1%} of a step")
+            say(f"the FAM is with one of {along} devices at a time: they are idle for about {idle:.1%} of a step")
         say(f"files: {absolute(config.directory)} (checkpoints/, metrics.jsonl, tensorboard/, run.json)")
         if restored is None:
             say(f"a new run of {config.steps:,} steps")

@@ -165,7 +165,7 @@ class DecoderConfig:
         param_dtype: Type of the parameters.
         remat: What of a layer is kept for the backward pass, the rest being computed again there: "none" computes
             nothing again, "dots" keeps the products with weights, "attention" queries, keys, values and what attention
-            gives, "full" the layer's input alone (see `fam_jax.remat`). A scanned stack that mixes layers by
+            gives, "full" the layer's input, and the FAM (see `fam_jax.remat`). A scanned stack that mixes layers by
             another way than "push" always computes layers again, so that it takes "none" or "full", of which the latter
             also has attention's scores of one block at a time.
         scan_layers: One compiled layer in a `jax.lax.scan`; False unrolls them. Same parameters either way.

@@ -318,7 +318,8 @@ def _run_layers(
         scan=config.scan_layers,
         remat=config.remat != "none",
         policy=POLICIES[config.remat],
-        rebuild=tuple({"tokens", "prompt"} & set(rows)) if mixer.from_input else (),
+        # In the same order in every process of a job: all must compile the same program.
+        rebuild=tuple(name for name in ("tokens", "prompt") if name in rows) if mixer.from_input else (),
     )
 
 

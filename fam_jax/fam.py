@@ -184,13 +184,13 @@ def scan_blocks(
         inputs = inputs._replace(stored=per_row(inputs.stored))
 
     def step(operands, carry, block_n):
-        params, inputs, (live, number) = operands
+        params, inputs, (live, layer_number) = operands
         fam, kept = carry
         k, v, index, complete, fresh, passed, position, store, bank, pushed = block_n
         if inputs.stored is not None:
             fam = jnp.where(passed[:, None, None], inputs.stored, fam)
         entering = jnp.where(fresh[:, None, None], inputs.prompt, fam)
-        here = Depth(bank, live, number, (), pushed)
+        here = Depth(bank, live, layer_number, (), pushed)
         q, fam_k, fam_v, here = project(config, mixer, params, entering, here)
         own = Source(rotate(fam_k, key_positions(memory, position, fresh), config.rope_base), fam_v)
 
@@ -217,8 +217,8 @@ def scan_blocks(
             (fam, kept), out = jax.lax.scan(one, (fam, jnp.zeros_like(fam)), xs)
         return fam, (kept, out)
 
-    over_blocks = (block.k, block.v, plan.complete, plan.fresh, plan.passed, plan.position, depth.pushed)
-    k, v, complete, fresh, passed, position, pushed = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), over_blocks)
+    of_blocks = (block.k, block.v, plan.complete, plan.fresh, plan.passed, plan.position, depth.pushed)
+    k, v, complete, fresh, passed, position, pushed = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), of_blocks)
     bank = None if depth.bank is None else jnp.moveaxis(depth.bank, 2, 0)
     fam = constrain(config.sharding, fam, "batch", None, None)
     xs = (k, v, plan.index, complete, fresh, passed, position, plan.store, bank, pushed)

@@ -1,8 +1,9 @@
 """What the backward pass finds kept of the forward pass, and what it computes again: `DecoderConfig.remat`.
 
 Everything that is kept takes memory for every layer until the backward pass gets there; what is not is computed a
-second time. The FAM that left each block, a few rows, is kept by all but with mixed layers: so the backward pass need
-not compute the end of its updates. Kept of a layer, in numbers per token (d width, e feed-forward width, h query and g
+second time. The FAM that left each block, a few rows, is always kept, but where scanned layers that read each other are
+written once (`lime_jax.stack`): so the backward pass need not compute the end of its updates. Kept of a layer beside
+it, in numbers per token (d width, e feed-forward width, h query and g
 key/value heads of k):
 
 | name | kept | about |
@@ -12,7 +13,8 @@ key/value heads of k):
 | attention | queries, keys, values, and what attention gives | d + (2h + 2g)k |
 | full | the layer's input | d |
 
-Where blocks of the text are spread over devices, the update of the FAM is always computed again (`fam_jax.sequence`).
+Where blocks of the text are spread over devices, the FAM's updates are always computed again, by all devices at once;
+what the turns of the FAM gave is kept.
 """
 
 from collections.abc import Callable
@@ -25,7 +27,10 @@ PROJECTED, ATTENDED, UPDATED = "projected", "attended", "updated"
 
 POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(UPDATED),
+    ),
     "attention": jax.checkpoint_policies.save_only_these_names(PROJECTED, ATTENDED, UPDATED),
     "full": jax.checkpoint_policies.save_only_these_names(UPDATED),
 }

@@ -20,10 +20,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
 from fam_jax.config import DecoderConfig
 from fam_jax.plan import Plan
+from fam_jax.remat import UPDATED
 from fam_jax.state import LayerMemory
 from lime_jax import Mixer
 from lime_jax.stack import split_floating
@@ -32,7 +34,7 @@ AXIS = "sequence"
 
 
 def check_sequence(config: DecoderConfig, time: int, windows: int) -> bool:
-    """Whether a call runs on several devices along the text; calls shorter than a block are computed on each.
+    """Whether a call runs on several devices along the text; calls shorter than a block are computed on each of them.
 
     Args:
         config: The decoder's.
@@ -201,7 +203,8 @@ def pass_along(run: Callable[[Array, Any], tuple[Array, Any]], carry: Array, ope
         return forward(carry, diff, rest)[0]
 
     def call_forward(carry, diff, rest):
-        result, entered = forward(carry, diff, rest)
+        # Named, so that a layer that is computed again need not go through all turns again.
+        result, entered = jax.tree.map(lambda x: checkpoint_name(x, UPDATED), forward(carry, diff, rest))
         return result, (entered, diff, rest)
 
     def call_backward(saved, cotangents):

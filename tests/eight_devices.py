@@ -42,6 +42,7 @@ MODELS = {
         qk_norm=True,
         remat="dots",
     ),
+    "FAM, one key head": dataclasses.replace(PLAIN, memory=MEMORY, num_kv_heads=1, remat="full"),
     "LIMe": dataclasses.replace(PLAIN, mixing=LimeConfig()),
     "FAM with LIMe": dataclasses.replace(PLAIN, memory=MEMORY, mixing=LimeConfig(), remat="full"),
     "FAM, one key head, block schedule": dataclasses.replace(PLAIN, memory=MEMORY, num_kv_heads=1, schedule="block"),
