@@ -76,8 +76,8 @@ def count(fn: Callable[..., Any], *args: Any) -> int:
     """Operations of `fn(*args)` on all devices together, what a backward pass computes again included.
 
     Counts every product in the program as it is traced, masked entries and padding too: loops times their length, the
-    larger branch of a conditional, and a `jax.shard_map` times the devices that run it. So it is too high on a mesh with
-    a `sequence` axis of D devices, where the FAM's turns are conditional: its updates count D times.
+    larger branch of a conditional, and a `jax.shard_map` times the devices that run it. Where a text is spread over D
+    devices that is too high: the FAM's turns are conditional, so that its updates count D times.
 
     Args:
         fn: Anything that can be traced, jitted or not.

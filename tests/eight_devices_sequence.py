@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from fam_jax import Decoder, MeshConfig, RSPState, ShardingRules, fam, make_mesh
 from lime_jax import LimeConfig
 
 SHAPE = MeshConfig(data=2, fsdp=1, sequence=4)
-FAM = dataclasses.replace(MODELS["FAM, many segments"], mixing=LimeConfig())
+FAM = dataclasses.replace(MODELS["FAM, many segments"], mixing=LimeConfig(), remat="full")
 
 
 def read(config, mesh, lengths):
@@ -84,6 +85,20 @@ def test_each_update_is_computed_once(monkeypatch):
         jax.block_until_ready(jax.jit(model.apply)(variables, tokens).logits)
         jax.effects_barrier()
     assert len(seen) == config.num_layers * 8
+
+
+@pytest.mark.parametrize(("name", "loops"), [("FAM", 2), ("FAM with LIMe", 3)])
+def test_turns_are_not_taken_again(name, loops):
+    """Once forwards and once backwards, though layers are computed again; but where they are written once."""
+    model = Decoder(dataclasses.replace(MODELS[name], remat="full"))
+    with jax.set_mesh(make_mesh(SHAPE)):
+
+        def loss(params, tokens):
+            return model.apply({"params": params}, tokens[:, :-1], targets=tokens[:, 1:]).losses.nll.mean()
+
+        params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+        program = jax.jit(jax.grad(loss)).lower(params, jax.ShapeDtypeStruct((2, 65), "int32")).as_text()
+    assert len(re.findall(r"collective_permute.*tensor<2x2x32xf32>", program)) == loops
 
 
 def test_few_tokens_are_read_by_all_devices():
