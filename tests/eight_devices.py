@@ -139,13 +139,22 @@ FAST = {
 }
 
 
+# The others on the meshes that they could upset.
+OTHERS = {
+    "full": ["fsdp_tp"],
+    "FAM, many segments": ["fsdp_tp", "sequence"],
+    "FAM, one key head": ["tensor 4", "fsdp_tp x sequence"],
+    "FAM, one key head, block schedule": ["fsdp_tp", "tensor 4"],
+    "FAM with streams": ["fsdp_tp", "fsdp_tp x sequence"],
+}
+
+
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
         pytest.param(name, layout, marks=[] if (name, layout) in FAST else pytest.mark.slow)
         for name in MODELS
-        for layout in MESHES
-        if "sequence" not in layout or not (name == "full" or MODELS[name].schedule == "block")
+        for layout in OTHERS.get(name, [layout for layout in MESHES if layout != "tensor 4"])
     ],
 )
 def test_sharded_is_single(name, layout, alone):
