@@ -32,7 +32,7 @@ from orbax.checkpoint import v1 as ocp
 
 from experiments.arrays import load, named, shape_of
 from experiments.config import TrainConfig
-from experiments.distributed import is_main, on_main
+from experiments.distributed import is_main, on_main, waiting
 from experiments.files import absolute, as_os_errors, free_name, is_remote, location, remove
 from experiments.integrity import (
     FORMAT,
@@ -383,7 +383,9 @@ def load_model(
     if mesh is not None:
         places = tree_shardings(config.model.sharding, mesh, shapes)
         shapes = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, places)
-    return model, {"params": load(folder, "params", shapes, meta)}, config
+    with waiting("all to read the checkpoint"):
+        params = load(folder, "params", shapes, meta)
+    return model, {"params": params}, config
 
 
 def _steps(directory: Path) -> list[int]:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from experiments.distributed import waiting
 from fam_jax import Decoder, StreamState, tree_shardings
 
 
@@ -33,4 +34,5 @@ def to_host(tree: Any) -> Any:
     """NumPy arrays of a computation's results, whole, on every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
+    with waiting("all to hand their results around"):
+        return multihost_utils.process_allgather(tree, tiled=True)
