@@ -145,7 +145,7 @@ def is_main() -> bool:
 
 
 @contextlib.contextmanager
-def waiting(what: str) -> Iterator[None]:
+def waiting(what: str, at_least: float = 0) -> Iterator[None]:
     """Inside, this process waits for the others; one that is there but stuck does not hold up the job for ever.
 
     After `patience` seconds the process ends with LOST_STATUS and says which processes do not wait with it. Those that
@@ -153,12 +153,14 @@ def waiting(what: str) -> Iterator[None]:
 
     Args:
         what: What it waits for, for the message.
+        at_least: Seconds, where the others may rightly take longer than `patience`.
     """
     if jax.process_count() == 1:
         yield
         return
+    seconds = max(_patience, at_least)
     # What is waited for is in code that nothing can interrupt, so it is another thread that gives up.
-    alarm = threading.Timer(_patience, _give_up, (what, _patience))
+    alarm = threading.Timer(seconds, _give_up, (what, seconds))
     alarm.daemon = True
     alarm.start()
     try:
@@ -198,16 +200,18 @@ def _give_up(what: str, seconds: float) -> None:
     os._exit(LOST_STATUS)
 
 
-def share(value: Any) -> Any:
+def share(value: Any, at_least: float = 0) -> Any:
     """The main process's value on all processes; waits for them.
 
     Args:
         value: JSON-able. That of other processes is not used.
+        at_least: As that of `waiting`.
     """
     if jax.process_count() == 1:
         return value
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    with waiting("the others, to tell them what it has found" if is_main() else "process 0, to hear what it has found"):
+    what = "the others, to tell them what it has found" if is_main() else "process 0, to hear what it has found"
+    with waiting(what, at_least):
         size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
         padded = np.zeros(size, np.uint8)
         if is_main():
@@ -215,8 +219,10 @@ def share(value: Any) -> Any:
         return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes())
 
 
-def on_main(action: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
-    """Does something on the main process while the others wait; its result, JSON-able, is that of all.
+def on_main(action: Callable[[], T], errors: tuple[type[Exception], ...], at_least: float = 0) -> T:
+    """Does something on the main process while the others wait, `at_least` as in `waiting`.
+
+    Its result, JSON-able, is that of all.
 
     Raises:
         One of `errors`: the main process did; on all processes, with the same message.
@@ -231,7 +237,7 @@ def on_main(action: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
         except errors as error:
             raised = error
             outcome = {"error": [isinstance(error, kind) for kind in errors].index(True), "text": str(error)}
-    outcome = share(outcome)
+    outcome = share(outcome, at_least)
     if raised is not None:
         raise raised
     if "error" in outcome:
@@ -239,8 +245,8 @@ def on_main(action: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
     return outcome["result"]
 
 
-def check_same(what: str, value: Any) -> None:
-    """Checks that all processes have the same value.
+def check_same(what: str, value: Any, at_least: float = 0) -> None:
+    """Checks that all processes have the same value, JSON-able; waits for them, `at_least` as in `waiting`.
 
     Raises:
         DistributedError: They have not; names the first process that differs.
@@ -248,7 +254,7 @@ def check_same(what: str, value: Any) -> None:
     if jax.process_count() == 1:
         return
     mark = np.uint32(zlib.crc32(json.dumps(value, sort_keys=True).encode()))
-    with waiting(f"all to compare their {what}"):
+    with waiting(f"all to compare their {what}", at_least):
         found = np.asarray(multihost_utils.process_allgather(mark))
     for number, other in enumerate(found):
         if other != found[0]:

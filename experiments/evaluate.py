@@ -23,13 +23,14 @@ from jax.sharding import Mesh
 
 from experiments import data, report, results
 from experiments import distributed as processes
+from experiments.batches import prepare_together
 from experiments.checkpoint import CheckpointError, load_model
 from experiments.command import run_command
 from experiments.config import TrainConfig, reading_mesh
 from experiments.data import TextData
 from experiments.data.passkey import Passkey, PasskeyData
 from experiments.data.questions import QuestionData
-from experiments.distributed import DistributedError, Processes, is_main, on_main
+from experiments.distributed import DistributedError, Processes, check_same, is_main, on_main
 from experiments.files import location, run_folder
 from experiments.measures import answer_accuracy, check_positive, loss_by_position, passkey_accuracy
 from experiments.typed import to_json
@@ -97,6 +98,7 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
         ValueError: an option does not fit the model or is for another task, or the output folder cannot be made; see
             also the functions of `experiments.measures`.
         CheckpointError: see `load_model`.
+        DistributedError: the processes of the job have other settings or other data.
     """
     mesh = reading_mesh(options.mesh)
     with jax.set_mesh(mesh):
@@ -105,6 +107,7 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
 
 def _run(options: Options, mesh: Mesh) -> tuple[results.Result, Path, Path]:
     start = time.perf_counter()
+    check_same("settings", to_json(dataclasses.replace(options, distributed=Processes())))
     if options.name is not None:
         results.check_name(options.name)
     model, variables, config = load_model(options.checkpoint, mesh=mesh)
@@ -264,6 +267,9 @@ def _documents(options: Options, model: Decoder, variables: Any, config: TrainCo
     if options.source is not None:
         settings = dataclasses.replace(settings, source=options.source)
     check_positive(documents=options.documents, max_tokens=options.max_tokens)
+    prepare_together(settings)
+    manifest = data.manifest(settings)
+    check_same("data", manifest)
     found = data.documents(settings, "validation")
     chosen = [found[i] for i in range(min(len(found), options.documents or len(found)))]
     curve = loss_by_position(
@@ -275,7 +281,7 @@ def _documents(options: Options, model: Decoder, variables: Any, config: TrainCo
     )
     names = {"documents": [document.name for document in chosen]}
     values = {"curves": [{"label": config.name, "seed": config.seed, **curve, **names}]}
-    return values, data.manifest(settings), [config.seed]
+    return values, manifest, [config.seed]
 
 
 if __name__ == "__main__":

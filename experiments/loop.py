@@ -19,14 +19,13 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from experiments.batches import load_data, prepare_together
 from experiments.checkpoint import Checkpoints
 from experiments.command import make_folder
 from experiments.config import TrainConfig, check, check_mesh
-from experiments.data import Batches, DataError, TextData, load, prepare
-from experiments.data.passkey import PasskeyBatches, PasskeyData
-from experiments.data.questions import QuestionBatches, QuestionData
+from experiments.data.passkey import PasskeyData
 from experiments.distributed import check_same, is_main, on_main, share, waiting
-from experiments.files import absolute, is_remote
+from experiments.files import absolute
 from experiments.flops import idle_share, step_flops
 from experiments.metrics import MetricsLog, Throughput
 from experiments.optim import make_optimizer
@@ -136,9 +135,7 @@ class _Run:
         self.train_step = make_train_step(config, self.model, optimizer, schedule, self.places)
         self.eval_step = make_eval_step(self.model)
         # Whatever is wrong with the data shows here, before anything is compiled and before the folder is touched.
-        if isinstance(config.data, TextData) and is_remote(config.data.directory):
-            data = config.data
-            on_main(lambda: prepare(data), (DataError, ValueError, OSError))  # once; the other processes copy it
+        prepare_together(config.data)
         self.batches = load_data(config.data, "train")
         self.validation = load_data(config.data, "validation") if config.eval_every else None
         self.validation_start = self.validation.get_state() if self.validation is not None else {}
@@ -377,10 +374,3 @@ def _rest(state: TrainState) -> dict[str, Any]:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def load_data(data: Any, split: str) -> Batches:
-    """Endless batches of a split of any data config; PassKey has no other split than "train"."""
-    if isinstance(data, QuestionData):
-        return QuestionBatches(data, split)
-    return load(data, split) if isinstance(data, TextData) else PasskeyBatches(data)

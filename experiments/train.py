@@ -16,11 +16,12 @@ import jax
 import tyro
 
 from experiments import configs, distributed
+from experiments.batches import load_data
 from experiments.checkpoint import CheckpointError
 from experiments.command import run_command
 from experiments.config import TrainConfig, check
 from experiments.distributed import LOST_STATUS, PATIENCE, DistributedError
-from experiments.loop import NonFiniteError, TrainResult, load_data, train
+from experiments.loop import NonFiniteError, TrainResult, train
 from experiments.process import BusyError
 
 __all__ = ["NonFiniteError", "TrainResult", "load_data", "main", "parse_config", "train"]
