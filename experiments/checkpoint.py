@@ -329,6 +329,8 @@ class Checkpoints:
 def find_checkpoint(path: Path | str, step: int | None = None) -> tuple[Path, dict[str, Any], TrainConfig]:
     """A checkpoint whose parameters are as they were written: its folder, its description, and its run's config.
 
+    The main process looks, so that all, which must all call this, have the same.
+
     Args:
         path: A run's folder, its `checkpoints` folder, or one checkpoint in it.
         step: Which one; None is the latest that is not damaged.
@@ -336,7 +338,12 @@ def find_checkpoint(path: Path | str, step: int | None = None) -> tuple[Path, di
     Raises:
         CheckpointError: There is none, or it is damaged or made by another version of the code.
     """
-    root = location(path)
+    name, meta = on_main(functools.partial(_find, location(path), step), (CheckpointError, OSError))
+    folder = location(name)
+    return folder, meta, read_config(meta, folder)
+
+
+def _find(root: Path, step: int | None) -> tuple[str, dict[str, Any]]:
     if (root / "meta.json").exists():
         candidates = [root]
     else:
@@ -358,7 +365,7 @@ def find_checkpoint(path: Path | str, step: int | None = None) -> tuple[Path, di
                 raise CheckpointError(f"{error}. Bring it back from a copy, or give another checkpoint") from error
             _warn(f"{error}. Reading an earlier one instead")
             continue
-        return folder, meta, read_config(meta, folder)
+        return str(folder), meta
     raise AssertionError("unreachable: the last candidate returns or raises")
 
 
@@ -370,14 +377,7 @@ def load_model(
     Path, step and errors are those of `find_checkpoint`. Over the mesh, parameters are spread as they are read, by the
     rules of the run; several processes, which must all call this, need one. None: all on one device.
     """
-
-    def find() -> list[Any]:
-        folder, meta, _ = find_checkpoint(path, step)
-        return [str(folder), meta]
-
-    name, meta = on_main(find, (CheckpointError, OSError))
-    folder = location(name)
-    config = read_config(meta, folder)
+    folder, meta, config = find_checkpoint(path, step)
     model = Decoder(config.model)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     if mesh is not None:

@@ -14,6 +14,7 @@ import re
 import sys
 import threading
 import time
+import traceback
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -45,7 +46,7 @@ class Processes:
         num_processes: How many there are.
         process_id: Which one this is, from 0.
         timeout: Seconds to wait for the others at the start.
-        patience: Seconds to wait for one that is stuck, later on.
+        patience: Seconds to wait for one that is stuck, later on; must do for compiling, while text may take 6 h.
     """
 
     coordinator: str | None = None
@@ -55,31 +56,21 @@ class Processes:
     patience: int = PATIENCE
 
 
-def start(
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-    timeout: int = 300,
-    patience: int = PATIENCE,
-) -> None:
+def start(processes: Processes) -> None:
     """Joins this process to its job; must come before anything else that JAX does.
 
-    Without arguments, JAX looks for a job of Cloud TPU, SLURM, Open MPI or Kubernetes; where there is none, or with
-    `num_processes` 1 alone, the process is a job of its own.
-
-    Args:
-        coordinator: HOST:PORT at which all processes reach process 0.
-        num_processes: How many there are.
-        process_id: Which one this is, from 0.
-        timeout: Seconds to wait for the others; then the process ends, with status 1.
-        patience: Seconds of every later wait, see `waiting`.
+    If nothing says where and who, JAX looks for a job of Cloud TPU, SLURM, Open MPI or Kubernetes; where there is none,
+    or with `num_processes` 1 alone, the process is a job of its own. One whose others do not come within `timeout` ends
+    with status 1.
 
     Raises:
-        ValueError: Some arguments are given, but not all, or they are wrong.
+        ValueError: Some of coordinator, number and id are given, but not all, or they are wrong.
         DistributedError: JAX cannot join them.
     """
     global _patience
-    _patience = patience
+    _patience = processes.patience
+    coordinator, num_processes, process_id = processes.coordinator, processes.num_processes, processes.process_id
+    timeout = processes.timeout
     if num_processes == 1 and coordinator is None and process_id is None:
         return
     given = {"coordinator": coordinator, "num-processes": num_processes, "process-id": process_id}
@@ -127,16 +118,49 @@ def start(
         alarm.cancel()
 
 
-def leave(status: int) -> int:
-    """The exit status of a command; after an error with several processes, ends this one.
+def run_joined(processes: Processes, action: Callable[[], int], errors: tuple[type[Exception], ...] = ()) -> int:
+    """Joins this process to its job, does what a command does, and says what goes wrong; the exit status.
 
-    Leaving as usual would wait for processes that may never come.
+    That is the action's, or 2 after a ValueError, LOST_STATUS after the loss of another process, and 1 after any other
+    error. With several processes, one that fails ends here: leaving as usual would wait for some that may never come.
+
+    Args:
+        processes: See `start`.
+        action: Does it and returns a status.
+        errors: Those, besides ValueError, OSError and DistributedError, whose message tells people enough. Others are
+            raised in a process that is alone, and else shown as Python does.
     """
-    if status in (1, 2, LOST_STATUS) and jax.process_count() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    return status
+    errors = (*errors, ValueError, OSError, DistributedError)
+    try:
+        start(processes)
+    except (ValueError, DistributedError) as error:
+        return _status(error)
+    try:
+        return action()
+    except Exception as error:
+        several = jax.process_count() > 1
+        # A collective that fails in a compiled program is a JaxRuntimeError, one of Orbax's or JAX's own a ValueError.
+        if several and isinstance(error, (ValueError, OSError, jax.errors.JaxRuntimeError)) and is_loss(error):
+            warn_lost(error)
+            status = LOST_STATUS
+        elif isinstance(error, errors):
+            status = _status(error)
+        elif several:
+            traceback.print_exc()
+            status = 1
+        else:
+            raise
+        if several:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        return status
+
+
+def _status(error: Exception) -> int:
+    """The exit status after an error, which it shows."""
+    print(f"error: {error}", file=sys.stderr)
+    return 2 if isinstance(error, ValueError) else 1
 
 
 def is_main() -> bool:

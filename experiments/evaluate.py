@@ -21,8 +21,7 @@ import jax
 import tyro
 from jax.sharding import Mesh
 
-from experiments import data, report, results
-from experiments import distributed as processes
+from experiments import data, distributed, report, results
 from experiments.batches import prepare_together
 from experiments.checkpoint import CheckpointError, load_model
 from experiments.command import run_command
@@ -30,7 +29,7 @@ from experiments.config import TrainConfig, reading_mesh
 from experiments.data import TextData
 from experiments.data.passkey import Passkey, PasskeyData
 from experiments.data.questions import QuestionData
-from experiments.distributed import DistributedError, Processes, check_same, is_main, on_main
+from experiments.distributed import Processes, check_same, is_main, on_main
 from experiments.files import location, run_folder
 from experiments.measures import answer_accuracy, check_positive, loss_by_position, passkey_accuracy
 from experiments.typed import to_json
@@ -155,21 +154,15 @@ def _run(options: Options, mesh: Mesh) -> tuple[results.Result, Path, Path]:
 def main() -> int:
     """The command line; returns the exit code."""
     options = tyro.cli(Options, prog="python -m experiments.evaluate", description=Options.__doc__)
-    try:
-        processes.start(**dataclasses.asdict(options.distributed))
+
+    def measure() -> int:
         result, file, figure = run(options)
-    except (ValueError, CheckpointError, DistributedError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return processes.leave(2)
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or not processes.is_loss(error):
-            raise
-        processes.warn_lost(error)
-        return processes.leave(processes.LOST_STATUS)
-    if is_main():
-        print(report.table(result))
-        print(f"\nwrote {file} and {figure}")
-    return 0
+        if is_main():
+            print(report.table(result))
+            print(f"\nwrote {file} and {figure}")
+        return 0
+
+    return distributed.run_joined(options.distributed, measure, (CheckpointError,))
 
 
 def _warn_rows(options: Options, config: TrainConfig, mesh: Mesh) -> None:

@@ -7,12 +7,12 @@ find each other; elsewhere the options `--distributed.*` say where and who.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import re
 import shlex
 import signal
 import sys
-import traceback
 
-import jax
 import tyro
 
 from experiments import configs, distributed
@@ -20,7 +20,7 @@ from experiments.batches import load_data
 from experiments.checkpoint import CheckpointError
 from experiments.command import run_command
 from experiments.config import TrainConfig, check
-from experiments.distributed import LOST_STATUS, PATIENCE, DistributedError
+from experiments.distributed import Processes
 from experiments.loop import NonFiniteError, TrainResult, train
 from experiments.process import BusyError
 
@@ -48,16 +48,15 @@ def main(arguments: list[str] | None = None) -> int:
     fresh_help = "start anew; an earlier run is moved aside, not deleted"
     parser.add_argument("--fresh", action="store_true", help=fresh_help)
     several = parser.add_argument_group("several processes")
-    for name, kind, metavar, default, text in (
-        ("coordinator", str, "ADDRESS", None, "HOST:PORT of process 0; not needed where JAX finds it"),
-        ("num-processes", int, "N", None, "how many there are"),
-        ("process-id", int, "I", None, "which one this is, from 0"),
-        ("timeout", int, "SECONDS", 300, "to wait for the others at the start (default: 300)"),
-        ("patience", int, "SECONDS", PATIENCE, f"to wait for one that is stuck, later on (default: {PATIENCE})"),
-    ):
-        option = f"--distributed.{name}"
+    texts = dict(re.findall(r"^\s+(\w+): (.*)", Processes.__doc__ or "", re.MULTILINE))
+    names = [field.name for field in dataclasses.fields(Processes)]
+    for field in dataclasses.fields(Processes):
         several.add_argument(
-            option, dest=name.replace("-", "_"), type=kind, metavar=metavar, default=default, help=text
+            f"--distributed.{field.name.replace('_', '-')}",
+            dest=field.name,
+            type=str if field.name == "coordinator" else int,
+            default=field.default,
+            help=f"{texts.get(field.name, '')} (default: %(default)s)",
         )
     known, overrides = parser.parse_known_args(given)
     if known.config is None:
@@ -66,36 +65,19 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = parse_config(known.config, overrides)
         check(config)
-        distributed.start(known.coordinator, known.num_processes, known.process_id, known.timeout, known.patience)
-    except (ValueError, DistributedError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    try:
-        status = _train(config, known.fresh, given)
-    except Exception:
-        if jax.process_count() == 1:
-            raise
-        traceback.print_exc()
-        status = 1
-    return distributed.leave(status)
+        return 2
+    return distributed.run_joined(
+        Processes(**{name: getattr(known, name) for name in names}),
+        lambda: _train(config, known.fresh, given),
+        (CheckpointError, NonFiniteError, BusyError),
+    )
 
 
 def _train(config: TrainConfig, fresh: bool, given: list[str]) -> int:
     """Trains; returns the exit status."""
-    try:
-        result = train(config, fresh=fresh)
-    except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:
-        # A collective that fails in a compiled program is a JaxRuntimeError, one of Orbax's or JAX's own a ValueError.
-        if jax.process_count() > 1 and distributed.is_loss(error):
-            distributed.warn_lost(error)
-            return LOST_STATUS
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    except (CheckpointError, NonFiniteError, BusyError, DistributedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    result = train(config, fresh=fresh)
     again = shlex.join(["python", "-m", "experiments.train", *(word for word in given if word != "--fresh")])
     if distributed.is_main():
         ended = f"done; next: python -m experiments.evaluate --checkpoint {result.directory}"

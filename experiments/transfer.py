@@ -10,10 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.arrays import name_of, read_arrays
+from experiments.arrays import name_of, named, read_arrays, shape_of
 from experiments.checkpoint import CheckpointError, find_checkpoint
 from experiments.config import TrainConfig
+from experiments.distributed import waiting
 from experiments.typed import differences, to_json
 
 # Fields of the model that the parameters they share do not depend on.
@@ -43,17 +45,21 @@ def take_parameters(path: str, config: TrainConfig, params: Any, say: Callable[[
                 "mixing may differ"
             )
     stored = meta["arrays"]["params"]
-    named = {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    same = {name: leaf for name, leaf in named.items() if stored.get(name) == f"{leaf.dtype}{list(leaf.shape)}"}
-    taken = read_arrays(folder, "params", same)
-    if "fam_prompt" in stored and "fam_prompt" in named and "fam_prompt" not in same:
-        new = named["fam_prompt"]
+    wanted = named(params)
+    same = {name: leaf for name, leaf in wanted.items() if stored.get(name) == shape_of(leaf)}
+    with waiting(f"all to read {folder}"):
+        taken = read_arrays(folder, "params", same)
+    if "fam_prompt" in stored and "fam_prompt" in wanted and "fam_prompt" not in same:
+        new = wanted["fam_prompt"]
         rows = int(re.findall(r"\d+", stored["fam_prompt"].partition("[")[2])[0])
-        old = read_arrays(folder, "params", {"fam_prompt": jax.ShapeDtypeStruct((rows, new.shape[1]), new.dtype)})
+        whole = NamedSharding(new.sharding.mesh, PartitionSpec())  # on all devices, as rows need not divide by them
+        shape = jax.ShapeDtypeStruct((rows, new.shape[1]), new.dtype, sharding=whole)
+        with waiting(f"all to read the FAM prompt of {folder}"):
+            old = read_arrays(folder, "params", {"fam_prompt": shape})
         kept = old["fam_prompt"][: new.shape[0]]
         taken["fam_prompt"] = jax.device_put(new.at[: len(kept)].set(kept), new.sharding)
         say(f"  fam_prompt has {new.shape[0]} rows; {len(kept)} are taken over")
-    fresh, left = sorted(named.keys() - taken.keys()), sorted(stored.keys() - named.keys())
+    fresh, left = sorted(wanted.keys() - taken.keys()), sorted(stored.keys() - wanted.keys())
     if fresh:
         say(f"  new: {', '.join(fresh)}")
     if left:

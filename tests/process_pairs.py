@@ -21,7 +21,7 @@ MESHES[LAYOUT] = ("fsdp_tp", MeshConfig(tensor=2), 4)
 
 def main(port, count, number, folder, what):
     if count > 1:
-        distributed.start(f"127.0.0.1:{port}", count, number)
+        distributed.start(distributed.Processes(f"127.0.0.1:{port}", count, number))
     assert (jax.process_count(), jax.device_count()) == (count, 4)
     if what == "save":
         save(folder / str(count), LAYOUT)

@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from train_helpers import MODEL, assert_same_bits, tiny, with_model
+from test_distributed import Job
+from train_helpers import MODEL, assert_same_bits, restore, tiny, with_model
 
 from experiments.checkpoint import CheckpointError
 from experiments.optim import OptimConfig
@@ -61,6 +62,20 @@ def test_fam_of_another_length(trained, capsys, length):
     assert f"fam_prompt has {length} rows; {rows} are taken over" in capsys.readouterr().out
     np.testing.assert_array_equal(params["fam_prompt"][:rows], runs["fam"].state.params["fam_prompt"][:rows])
     assert np.all(np.any(np.asarray(params["fam_prompt"]) != 0, axis=1))
+
+
+@pytest.mark.slow
+def test_several_processes_take_the_same(trained, tmp_path):
+    folder, runs = trained
+    longer = dataclasses.replace(FAM, fam_length=4)
+    config = with_model(tiny(folder, "together", steps=1, init_from=str(folder / "fam"), optim=STILL), memory=longer)
+    job = Job(tmp_path, config)
+    assert job.wait() == [0, 0], job.text()
+    assert "fam_prompt has 4 rows; 2 are taken over" in job.text()
+    found, before = restore(config).params, runs["fam"].state.params
+    np.testing.assert_array_equal(found["fam_prompt"][:2], before["fam_prompt"])
+    for name in before["layers"]:
+        assert_same_bits(found["layers"][name], before["layers"][name])
 
 
 def test_anything_else_must_be_the_same(trained):
