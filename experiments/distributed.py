@@ -46,7 +46,7 @@ class Processes:
         num_processes: How many there are.
         process_id: Which one this is, from 0.
         timeout: Seconds to wait for the others at the start.
-        patience: Seconds to wait for one that is stuck, later on; must do for compiling, while text may take 6 h.
+        patience: Seconds to wait later on for one that is stuck; more than compiling takes. Preparing text has 6 h.
     """
 
     coordinator: str | None = None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from experiments.distributed import waiting
 from fam_jax import Decoder, StreamState, tree_shardings
@@ -14,12 +16,18 @@ from fam_jax import Decoder, StreamState, tree_shardings
 
 def initial_state(model: Decoder, rows: int, max_length: int | None = None) -> StreamState:
     """`model.init_state`, its rows spread over the mesh that is set, if there is one."""
-    create = partial(model.init_state, rows, max_length)
     mesh = jax.sharding.get_mesh()
     if mesh.empty or mesh.size == 1:
-        return create()
+        return model.init_state(rows, max_length)
+    return _creation(model, rows, max_length, mesh)()
+
+
+@lru_cache(maxsize=32)
+def _creation(model: Decoder, rows: int, max_length: int | None, mesh: Mesh) -> Callable[[], StreamState]:
+    """The same function for the same state, so that it is compiled once and not for every batch."""
+    create = partial(model.init_state, rows, max_length)
     places = tree_shardings(model.config.sharding, mesh, jax.eval_shape(create))
-    return jax.jit(create, out_shardings=places)()
+    return jax.jit(create, out_shardings=places)
 
 
 def as_before(model: Decoder, state: StreamState) -> StreamState:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import signal
@@ -10,11 +11,13 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from train_helpers import ROOT, environment, metric_rows, restore, tiny
 
 from experiments import distributed
+from experiments.checkpoint import CheckpointError
 from experiments.optim import OptimConfig
 from experiments.train import main, train
 from experiments.typed import to_json
@@ -188,6 +191,41 @@ def test_processes_with_other_text(tmp_path):
 )
 def test_which_errors_mean_that_a_process_was_lost(text, loss):
     assert distributed.is_loss(RuntimeError(text)) == loss
+
+
+@pytest.mark.parametrize(
+    ("error", "alone", "status"),
+    [
+        (ValueError("a setting"), 2, 2),
+        (OSError("a disk"), 1, 1),
+        (distributed.DistributedError("a job"), 1, 1),
+        (CheckpointError("a checkpoint"), 1, 1),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), None, 1),
+        (KeyError("a mistake"), None, 1),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: Connection reset by peer"), None, distributed.LOST_STATUS),
+        (ValueError("gloo: Connection closed by peer"), 2, distributed.LOST_STATUS),
+    ],
+)
+def test_exit_status_of_a_command(monkeypatch, capsys, error, alone, status):
+    """A process of several must not leave by JAX's barrier, whatever the error is."""
+
+    def fail():
+        raise error
+
+    def run():
+        return distributed.run_joined(distributed.Processes(num_processes=1), fail, (CheckpointError,))
+
+    if alone is None:
+        with pytest.raises(type(error)):
+            run()
+    else:
+        assert run() == alone
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as left:
+        run()
+    assert left.value.code == status
+    assert str(error) in capsys.readouterr().err
 
 
 def test_what_fails_at_the_main_process_fails_at_all(tmp_path):

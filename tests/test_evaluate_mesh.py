@@ -21,6 +21,7 @@ import json, pathlib, sys
 import jax
 from experiments import evaluate, generate
 from experiments.checkpoint import load_model
+from experiments.spread import initial_state
 from fam_jax import MeshConfig, make_mesh
 
 assert jax.device_count() == 8
@@ -30,7 +31,16 @@ for name, one in asked.items():
     one = {k: pathlib.Path(v) if k in ("checkpoint", "output") else v for k, v in one.items()}
     evaluate.run(evaluate.Options(**one, name=f"{name}-on-eight", mesh=mesh))
 print(generate.run(generate.Options(pathlib.Path(asked["text"]["checkpoint"]), **prompt, mesh=mesh)).ids.tolist())
-params = load_model(asked["text"]["checkpoint"], mesh=make_mesh())[1]["params"]
+model, variables, _ = load_model(asked["text"]["checkpoint"], mesh=make_mesh())
+params = variables["params"]
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
+with jax.set_mesh(make_mesh()):
+    initial_state(model, 24)
+    assert compiled
+    compiled.clear()
+    initial_state(model, 24)
+assert not compiled  # once for all batches
 wq = params["layers"]["wq"]
 print(json.dumps(sorted({shard.data.shape for shard in wq.addressable_shards})), wq.shape)
 """
@@ -113,17 +123,18 @@ def test_eight_devices(asked, alone, sizes):
         file.unlink()
 
 
-def processes(count, one, name):
-    """Exit codes and outputs of an evaluation by several processes, as typed."""
+def processes(count, one, name, last=()):
+    """Exit codes and outputs of an evaluation by several processes, as typed; the last one has more options."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [f"--checkpoint={one['checkpoint']}", f"--output={one['output']}", f"--name={name}", "--batch-size=8"]
-    words += [f"--distributed.coordinator=127.0.0.1:{port}", f"--distributed.num-processes={count}"]
-    words += ["--chunk=32"] if name.startswith("text") else []
+    command = [sys.executable, "-m", "experiments.evaluate"]
+    command += [f"--checkpoint={one['checkpoint']}", f"--output={one['output']}", f"--name={name}", "--batch-size=8"]
+    command += [f"--distributed.coordinator=127.0.0.1:{port}", f"--distributed.num-processes={count}"]
+    command += ["--chunk=32"] if name.startswith("text") else []
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "experiments.evaluate", *words, f"--distributed.process-id={number}"],
+            [*command, f"--distributed.process-id={number}", *(last if number == count - 1 else ())],
             cwd=ROOT,
             env=environment() | {"JAX_NUM_CPU_DEVICES": str(4 // count), "MPLBACKEND": "agg"},
             stdout=subprocess.PIPE,
@@ -156,8 +167,15 @@ def test_several_processes(asked, alone, count, name):
 @pytest.mark.slow
 def test_an_error_is_that_of_all_processes(asked, tmp_path):
     codes, outputs = processes(2, asked["text"] | {"checkpoint": tmp_path / "nowhere"}, "text")
-    assert codes == [2, 2]
+    assert codes == [1, 1]
     assert all("error: no checkpoint in" in text for text in outputs), outputs
+
+
+@pytest.mark.slow
+def test_processes_with_other_options(asked):
+    codes, outputs = processes(2, asked["text"], "text", ["--documents=1"])
+    assert codes == [1, 1]
+    assert all("error: process 1 has other settings than process 0" in text for text in outputs), outputs
 
 
 def test_a_mesh_that_does_not_fit():
