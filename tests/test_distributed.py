@@ -14,11 +14,13 @@ import time
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from train_helpers import ROOT, environment, metric_rows, restore, tiny
 
 from experiments import distributed
 from experiments.checkpoint import CheckpointError
 from experiments.optim import OptimConfig
+from experiments.spread import to_host
 from experiments.train import main, train
 from experiments.typed import to_json
 
@@ -226,6 +228,22 @@ def test_exit_status_of_a_command(monkeypatch, capsys, error, alone, status):
         run()
     assert left.value.code == status
     assert str(error) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("at_least", "gives_up"), [(0, True), (60, False)])
+def test_a_wait_has_an_end(monkeypatch, at_least, gives_up):
+    """Also that for results, and for what may take longer."""
+    said = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "_patience", 0.05)
+    monkeypatch.setattr(distributed, "_give_up", lambda what, seconds: said.append(what))
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda tree, **_: time.sleep(0.5) or tree)
+    if at_least:
+        with distributed.waiting("text", at_least):
+            time.sleep(0.5)
+    else:
+        to_host(np.zeros(1))
+    assert said == ["all to hand their results around"] * gives_up
 
 
 def test_what_fails_at_the_main_process_fails_at_all(tmp_path):
