@@ -2,15 +2,18 @@
 
 python -m experiments.aot_table                         # what is missing, one after another, then the tables
 python -m experiments.aot_table --only palm_1b-v5e      # of it those whose name has this in it
-python -m experiments.aot_table --compile-none          # the tables of what there is
+python -m experiments.aot_table --compile-none          # no more than the tables of what there is
 
-Each row is a run of `experiments.aot` in a process of its own, which takes minutes and some gigabytes; interrupt and
-start again as you like. Delete a result file to have its row compiled anew.
+The tables are written into the page, too, if the results are where it takes them from. Each row is a run of
+`experiments.aot` in a process of its own, which takes minutes and some gigabytes; interrupt and start again when you
+like. Delete a result file to have its row compiled anew.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,6 +27,7 @@ from experiments.command import run_command
 from experiments.results import Result
 
 DIRECTORY = results.DIRECTORY / "aot"
+PAGE = Path(__file__).parent / "docs" / "compile.md"
 BATCH, LENGTH = 128, 8192
 
 # The gates: share of the usable memory; FAM's peak, collective bytes and operations against BSWA's; difference of the
@@ -88,7 +92,7 @@ def rows() -> Iterator[aot.Options]:
 
 def command(row: aot.Options, output: Path) -> list[str]:
     """The command that compiles a row."""
-    words = [sys.executable, "-m", "experiments.aot", "--output", str(output)]
+    words = [sys.executable, "-m", "experiments.aot", "--output", os.path.relpath(output)]
     words += ["--what", row.what, "--preset", row.preset, "--memory", row.memory, "--topology", row.topology]
     words += ["--mesh", row.mesh, "--batch", str(row.batch), "--length", str(row.length)]
     words += [] if row.microbatch is None else ["--microbatch", str(row.microbatch)]
@@ -143,8 +147,7 @@ def training_table(found: Sequence[Result]) -> str:
                 ratio("flops"),
                 f"{curve['forward_flops'][0] / curve['forward_formula'][0]:.4f}",
                 f"{curve['compile_seconds'][0]:.0f}",
-                # The operations of LIMe's mixing are its own, and the gate is FAM's.
-                verdict(curve | ({"flops": [0]} if lime else {}), bswa),
+                verdict(curve, None if lime else bswa),  # what LIMe adds is not the FAM's
             ]
         )
     return report.markdown(cells)
@@ -190,6 +193,14 @@ def read(output: Path) -> list[Result]:
     return [results.read(file) for file in files if file.exists()]
 
 
+def page(text: str, found: Sequence[Result]) -> str:
+    """The page with the tables of these results, each between its mark and the next heading or the end."""
+    for mark, table in (("training", training_table(found)), ("generation", generation_table(found))):
+        text, places = re.subn(rf"(<!-- {mark} -->\n).*?(?=\n## |\Z)", rf"\1\n{table}\n", text, flags=re.DOTALL)
+        assert places == 1, mark
+    return text
+
+
 def main() -> int:
     """The command line; returns the exit code: 1 if a row could not be compiled."""
     options = tyro.cli(Options, prog="python -m experiments.aot_table", description=__doc__)
@@ -204,6 +215,8 @@ def main() -> int:
             print(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}")
             failed.append(name)
     found = read(options.output)
+    if options.output == DIRECTORY:
+        PAGE.write_text(page(PAGE.read_text(), found))
     print(f"\n{training_table(found)}\n\n{generation_table(found)}")
     if failed:
         print(f"\nnot compiled: {', '.join(failed)}", file=sys.stderr)

@@ -141,23 +141,26 @@ def _batch_axes(tree: Any) -> Any:
 
 
 def _split(tree: Any, count: int) -> Any:
-    """Parts of the rows, stacked: row r is in part r % count, so that every device has rows of every part."""
+    """An axis [count] behind that of the rows: row r is in part r % count, so that every device has rows of each."""
 
     def split(leaf: Array, axis: int) -> Array:
-        shape = (*leaf.shape[:axis], leaf.shape[axis] // count, count, *leaf.shape[axis + 1 :])
-        return jnp.moveaxis(leaf.reshape(shape), axis + 1, 0)
+        return leaf.reshape(*leaf.shape[:axis], leaf.shape[axis] // count, count, *leaf.shape[axis + 1 :])
 
     return jax.tree.map(split, tree, _batch_axes(tree))
 
 
-def _join(tree: Any) -> Any:
-    """What `_split` has split."""
+def _take(tree: Any, axes: Any, number: Array) -> Any:
+    """Part `number` of what `_split` has split; `axes` are those of the rows."""
+    return jax.tree.map(
+        lambda leaf, axis: jax.lax.dynamic_index_in_dim(leaf, number, axis + 1, keepdims=False), tree, axes
+    )
 
-    def join(leaf: Array, axis: int) -> Array:
-        parts = jnp.moveaxis(leaf, 0, axis + 1)
-        return parts.reshape(*leaf.shape[1 : axis + 1], leaf.shape[axis + 1] * leaf.shape[0], *leaf.shape[axis + 2 :])
 
-    return jax.tree.map(join, tree, _batch_axes(tree))
+def _put(tree: Any, part: Any, axes: Any, number: Array) -> Any:
+    """With this part in the place of part `number`."""
+    return jax.tree.map(
+        lambda leaf, one, axis: jax.lax.dynamic_update_index_in_dim(leaf, one, number, axis + 1), tree, part, axes
+    )
 
 
 def make_train_step(
@@ -200,24 +203,30 @@ def make_train_step(
 
     def in_parts(state: TrainState, batch: Mapping[str, Array], weight: Array, key: Array) -> Any:
         """The same as `gradient`, of one part of the batch after another."""
-        count = config.accumulate
+        count, axes = config.accumulate, _batch_axes(state.stream)
+        rows = _split(dict(batch), count)
 
-        def step(total: Any, part: Any) -> Any:
-            number, rows, stream = part
-            found, (sums, stream, rsp) = gradient(
-                dataclasses.replace(state, stream=stream), rows, weight, jax.random.fold_in(key, number)
-            )
-            return jax.tree.map(lambda total, one: total + one.astype(total.dtype), total, (found, sums)), (stream, rsp)
+        def one(number: Any, stream: Any) -> Any:
+            part = _take(rows, _batch_axes(rows), number)
+            now = dataclasses.replace(state, stream=_take(stream, axes, number))
+            return gradient(now, part, weight, jax.random.fold_in(key, number))
 
-        rows, stream = _split(dict(batch), count), _split(state.stream, count)
-        part = jax.tree.map(lambda leaf: leaf[0], (rows, stream))
-        shapes = jax.eval_shape(lambda: gradient(dataclasses.replace(state, stream=part[1]), part[0], weight, key))
+        def step(carry: Any, number: Array) -> Any:
+            total, stream = carry
+            found, (sums, new, rsp) = one(number, stream)
+            total = jax.tree.map(lambda total, one: total + one.astype(total.dtype), total, (found, sums))
+            return (total, _put(stream, new, axes, number)), rsp
+
+        # Part after part takes the place of what its rows remembered: no second copy of that is needed.
+        stream = _split(state.stream, count)
+        found, (sums, _, _) = jax.eval_shape(one, jnp.zeros((), jnp.int32), stream)
         nothing = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), (shapes[0], shapes[1][0])
+            lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), (found, sums)
         )
-        (grads, sums), (stream, rsp) = jax.lax.scan(step, nothing, (jnp.arange(count), rows, stream))
+        ((grads, sums), stream), rsp = jax.lax.scan(step, (nothing, stream), jnp.arange(count))
         grads = jax.tree.map(lambda total, param: total.astype(param.dtype), grads, state.params)
-        return grads, (sums, _join(stream), jax.tree.map(lambda leaf: leaf[0], rsp))  # row 0 is in the first part
+        stream = jax.tree.map(lambda leaf, old: leaf.reshape(old.shape), stream, state.stream)
+        return grads, (sums, stream, jax.tree.map(lambda leaf: leaf[0], rsp))  # row 0 is in the first part
 
     def train_step(state: TrainState, batch: Mapping[str, Array]) -> tuple[TrainState, dict[str, Array]]:
         batch = dict(batch)
