@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -60,14 +61,26 @@ def write_text(path: Path, text: str) -> None:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """All files in a folder and the folders in it."""
+    """All files in a folder and the folders in it; of one that is not there, none.
+
+    Raises:
+        OSError: A folder cannot be listed.
+    """
     if not is_remote(folder):
         yield from (path for path in folder.rglob("*") if path.is_file())
         return
-    remote: Any = folder
-    for parent, _, names in remote.walk():
-        whole = location(parent if is_remote(parent) else f"gs://{parent}")  # gcsfs leaves the scheme out
-        yield from (whole / name for name in names if name)
+    pending: list[Any] = [folder]
+    while pending:
+        current = pending.pop()
+        # One level at a time: fsspec calls `on_error` for the first alone, and takes what it cannot list below for empty.
+        for _, folders, names in itertools.islice(current.walk(on_error=_unless_missing), 1):
+            yield from (current / name for name in names if name)
+            pending += [current / name for name in folders]
+
+
+def _unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def remove(folder: Path, first: str | None = None) -> None:

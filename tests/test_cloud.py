@@ -40,6 +40,7 @@ def bucket(server):
     server.objects.clear()
     server.written.clear()
     server.full = False
+    server.refused = None
     return server
 
 
@@ -144,6 +145,21 @@ def test_a_bucket_that_refuses(bucket, tmp_path):
     assert folder.restore(*trees(), config).step == 2
     with pytest.raises(ValueError, match=r"work_dir='gs://bucket/runs/run' cannot be used: .*quota.*exceeded"):
         train(in_bucket(plain(tmp_path)), progress=False)
+
+
+@pytest.mark.parametrize("part", ["3/params/", "3/params/state/d/"])
+def test_what_cannot_be_listed_is_not_missing(bucket, tmp_path, part):
+    folder, config = saved(tmp_path)
+    listing = f"GET /storage/v1/b/bucket/o?delimiter=/&prefix=runs/run/checkpoints/{part}&maxResults=1000"
+    bucket.refused = listing
+    with pytest.raises(CheckpointError, match=r"checkpoint 3 could not be written to gs://.*\(steps: 1, 2\)"):
+        folder.save(3, *trees(3), config, {})
+    bucket.refused = None
+    folder.save(3, *trees(3), config, {})
+    bucket.refused = listing
+    with pytest.raises(CheckpointError, match=r"checkpoints/3 could not be read: .*start again later"):
+        folder.restore(*trees(), config)
+    assert folder.steps() == [2, 3]
 
 
 def test_the_process_that_comes_last_takes_a_folder_over(bucket, tmp_path):
