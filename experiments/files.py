@@ -53,7 +53,8 @@ def absolute(path: Path) -> Path:
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all; an existing one is replaced."""
     if is_remote(path):
-        path.write_text(text)
+        with as_os_errors(path):
+            path.write_text(text)
         return
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -72,7 +73,7 @@ def files_below(folder: Path) -> Iterator[Path]:
     pending: list[Any] = [folder]
     while pending:
         current = pending.pop()
-        # One level at a time: fsspec calls `on_error` for the first alone, and takes what it cannot list below for empty.
+        # One level at a time: fsspec calls `on_error` for the first alone; what it cannot list below is empty to it.
         for _, folders, names in itertools.islice(current.walk(on_error=_unless_missing), 1):
             yield from (current / name for name in names if name)
             pending += [current / name for name in folders]
@@ -89,9 +90,10 @@ def remove(folder: Path, first: str | None = None) -> None:
         shutil.rmtree(folder)
         return
     remote: Any = folder
-    if first is not None:
-        (remote / first).unlink(missing_ok=True)
-    remote.rmtree(missing_ok=True)
+    with as_os_errors(folder):
+        if first is not None:
+            (remote / first).unlink(missing_ok=True)
+        remote.rmtree(missing_ok=True)
 
 
 def copy_files(source: Path, target: Path, names: list[str]) -> None:

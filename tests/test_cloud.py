@@ -12,12 +12,13 @@ from test_checkpoint import trees
 from test_distributed import Job, tiny_job
 from train_helpers import assert_same_bits, metric_rows, plain, restore, tiny
 
-from experiments import files, report, results
-from experiments.checkpoint import CheckpointError, Checkpoints, find_checkpoint, load_model
+from experiments import checkpoint, files, report, results
+from experiments.checkpoint import CheckpointError, Checkpoints, load_model
 from experiments.data import DataError, TextData, load, load_tokenizer, manifest
 from experiments.data import cache as data_cache
 from experiments.files import location, run_folder
 from experiments.process import BusyError, only_process
+from experiments.stored import find_checkpoint
 from experiments.train import main, train
 
 pytestmark = [
@@ -175,6 +176,53 @@ def test_the_process_that_comes_last_takes_a_folder_over(bucket, tmp_path):
             later()
         assert first.steps() == [1]
     assert "runs/run/lock" not in bucket.objects
+
+
+def test_a_failure_deletes_only_what_is_its_own(bucket, tmp_path, monkeypatch):
+    folder, config = saved(tmp_path)
+    whole = bucket.below("runs/run/checkpoints/2/")
+    bucket.refused = "checkpoints/2/meta.json"  # whether it is complete cannot be seen
+    with pytest.raises(CheckpointError, match=r"checkpoint 2 could not be written .*they cannot be listed"):
+        folder.save(2, *trees(2), config, {})
+    bucket.refused = None
+    assert bucket.below("runs/run/checkpoints/2/") == whole
+
+    write_meta = checkpoint.write_meta
+
+    def no_answer(*args):
+        write_meta(*args)
+        raise OSError("the answer did not come")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_meta", no_answer)
+        with pytest.raises(CheckpointError, match=r"the answer did not come.*\(steps: 1, 2, 3\)"):
+            folder.save(3, *trees(3), config, {})
+
+    directory = location("gs://bucket/runs/run")
+    with only_process(directory) as held, monkeypatch.context() as patch:
+        first = Checkpoints(directory / "checkpoints", keep=2, held=held)
+
+        def later(*args):
+            bucket.put("runs/run/lock", b"of another process")
+            raise OSError("refused")
+
+        patch.setattr(checkpoint, "checksums", later)
+        with pytest.raises(CheckpointError, match="refused"):
+            first.save(4, *trees(4), config, {})
+    assert bucket.below("runs/run/checkpoints/4/")
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted(bucket, tmp_path, capsys):
+    folder, config = saved(tmp_path)
+    bucket.refused = "DELETE /storage/v1/b/bucket/o/runs/run/checkpoints/1/params"
+    folder.save(3, *trees(3), config, {})
+    assert "the old checkpoint gs://bucket/runs/run/checkpoints/1 could not be deleted: Forb" in capsys.readouterr().err
+    assert folder.steps() == [2, 3]
+    assert bucket.below("runs/run/checkpoints/1/")
+    bucket.refused = None
+    folder.save(4, *trees(4), config, {})
+    assert folder.steps() == [3, 4]
+    assert not bucket.below("runs/run/checkpoints/1/")
 
 
 def text(tmp_path, **changes) -> TextData:
