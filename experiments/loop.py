@@ -148,7 +148,7 @@ class _Run:
         self.start, self.state = self._begin(begin, shapes)
         self.log = None
         if is_main():
-            self.log = stack.enter_context(contextlib.closing(MetricsLog(config.directory, self.start)))
+            self.log = stack.enter_context(contextlib.closing(MetricsLog(config.directory, self.start, self.held)))
         self.bar = stack.enter_context(
             tqdm(
                 total=config.steps,
@@ -176,7 +176,7 @@ class _Run:
         directory = self.config.directory
 
         def take() -> None:
-            if fresh and directory.is_dir():
+            if fresh and (is_remote(directory) or directory.is_dir()):  # gcsfs calls what it cannot look at no folder
                 self._say(f"the earlier run is now in {set_aside(directory)}")
             make_folder(directory, "work_dir")
             self.held = stack.enter_context(only_process(directory))

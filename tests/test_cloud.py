@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import re
+import shutil
 
 import jax
 import numpy as np
@@ -12,7 +14,7 @@ from test_checkpoint import trees
 from test_distributed import Job, tiny_job
 from train_helpers import assert_same_bits, metric_rows, plain, restore, tiny
 
-from experiments import checkpoint, files, report, results
+from experiments import checkpoint, files, metrics, report, results
 from experiments.checkpoint import CheckpointError, Checkpoints, load_model
 from experiments.data import DataError, TextData, load, load_tokenizer, manifest
 from experiments.data import cache as data_cache
@@ -223,6 +225,32 @@ def test_an_old_checkpoint_that_cannot_be_deleted(bucket, tmp_path, capsys):
     folder.save(4, *trees(4), config, {})
     assert folder.steps() == [3, 4]
     assert not bucket.below("runs/run/checkpoints/1/")
+
+
+def test_metrics_that_cannot_be_uploaded(bucket, monkeypatch, capsys):
+    directory = location("gs://bucket/runs/run")
+    monkeypatch.setattr(metrics, "UPLOAD_SECONDS", 0.0)
+    with only_process(directory) as held:
+        log = metrics.MetricsLog(directory, 0, held)
+        bucket.full = True
+        log.write(1, "train", {"loss": 1.0})
+        error = capsys.readouterr().err
+        assert "WARNING: metrics could not be uploaded to gs://bucket/runs/run: " in error
+        assert "tried again" in error
+        bucket.full = False
+        log.write(2, "train", {"loss": 1.0})
+        assert [row["step"] for row in metrics.read_metrics(log.path)] == [1, 2]
+        with only_process(directory) as later:
+            new = metrics.MetricsLog(directory, 1, later)
+            log.write(3, "train", {"loss": 1.0})
+            log.close()
+            assert [row["step"] for row in metrics.read_metrics(log.path)] == [1]
+            error = capsys.readouterr().err
+            assert "another process has taken over" in error
+            (place,) = set(re.findall(r"They are in (\S+): ", error))
+            assert [row["step"] for row in metrics.read_metrics(f"{place}/metrics.jsonl")] == [1, 2, 3]
+            new.close()
+    shutil.rmtree(place)
 
 
 def text(tmp_path, **changes) -> TextData:
