@@ -74,7 +74,9 @@ def files_below(folder: Path) -> Iterator[Path]:
     while pending:
         current = pending.pop()
         # One level at a time: fsspec calls `on_error` for the first alone; what it cannot list below is empty to it.
-        for _, folders, names in itertools.islice(current.walk(on_error=_unless_missing), 1):
+        with as_os_errors(folder):
+            found = list(itertools.islice(current.walk(on_error=_unless_missing), 1))
+        for _, folders, names in found:
             yield from (current / name for name in names if name)
             pending += [current / name for name in folders]
 
@@ -98,10 +100,11 @@ def remove(folder: Path, first: str | None = None) -> None:
 
 def copy_files(source: Path, target: Path, names: list[str]) -> None:
     """Copies files from one folder to another, between a disk and object storage."""
+    remote = target if is_remote(target) else source
     for name in names:
         if not is_remote(target):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-        with (source / name).open("rb") as old, (target / name).open("wb") as new:
+        with as_os_errors(remote), (source / name).open("rb") as old, (target / name).open("wb") as new:
             shutil.copyfileobj(old, new, 1 << 22)
 
 
@@ -124,9 +127,10 @@ def _is_of_client(error: Exception) -> bool:
 def run_folder(path: Path | str) -> Path:
     """The folder of the run that `load_model` reads from `path`; of a checkpoint that stands alone, its own."""
     root = absolute(location(path))
-    if (root / "meta.json").exists() and root.parent.name == "checkpoints":
-        root = root.parent
-    inside = root.name == "checkpoints" and not (root / "checkpoints").is_dir()
+    with as_os_errors(root):
+        if (root / "meta.json").exists() and root.parent.name == "checkpoints":
+            root = root.parent
+        inside = root.name == "checkpoints" and not (root / "checkpoints").is_dir()
     return root.parent if inside else root
 
 

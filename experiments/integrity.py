@@ -106,9 +106,10 @@ def first_line(error: BaseException) -> str:
 
 def complete_steps(directory: Path) -> list[int]:
     """Steps of the complete checkpoints in a folder, in order."""
-    numbers = (path for path in directory.glob("*") if path.name.isdecimal())
-    if is_remote(directory):
-        return sorted(int(path.name) for path in numbers if (path / "meta.json").exists())
+    with as_os_errors(directory):
+        numbers = [path for path in directory.glob("*") if path.name.isdecimal()]
+        if is_remote(directory):
+            return sorted(int(path.name) for path in numbers if (path / "meta.json").exists())
     return sorted(int(path.name) for path in numbers if path.is_dir())
 
 

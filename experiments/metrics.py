@@ -26,7 +26,10 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     A last line that was cut off, because the process was killed while it wrote, is left out.
     """
     rows = []
-    for line in location(path).read_text(encoding="utf-8").splitlines():
+    file = location(path)
+    with as_os_errors(file):
+        text = file.read_text(encoding="utf-8")
+    for line in text.splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -97,8 +100,7 @@ class MetricsLog:
         try:
             self._held()
             names = [path.relative_to(self._local).as_posix() for path in files_below(self._local)]
-            with as_os_errors(target):
-                copy_files(self._local, target, names)
+            copy_files(self._local, target, names)
         except (OSError, BusyError) as error:  # which the next checkpoint meets, too, in all processes
             warn(f"metrics could not be uploaded to {target}: {first_line(error)}. They are in {self._local}: {remedy}")
             return False

@@ -26,6 +26,7 @@ class Bucket(ThreadingHTTPServer):
         written: Names in the order in which their uploads ended.
         full: Whether uploads are refused, as by a quota.
         refused: What a request may not have in its path and query, such as a part of an object's name.
+        refusal: Status of the answer to one that has.
     """
 
     daemon_threads = True
@@ -37,6 +38,7 @@ class Bucket(ThreadingHTTPServer):
         self.written: list[str] = []
         self.full = False
         self.refused: str | None = None
+        self.refusal = 403
         self.generations: dict[str, int] = {}
         self.sessions: dict[str, tuple[str, bytearray]] = {}
         self.lock = threading.Lock()
@@ -113,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
         refused = self.server.refused
         if refused is None or refused not in f"{self.command} {unquote(self.path)}":
             return False
-        self._answer(403, {"error": {"code": 403, "message": "no access to this"}})
+        self._answer(self.server.refusal, {"error": {"code": self.server.refusal, "message": "no access to this"}})
         return True
 
     def _missing(self, what: str) -> None:
@@ -200,6 +202,8 @@ class _Handler(BaseHTTPRequestHandler):
         if "upload_id" in query:
             return self.do_PUT()
         body = self._read()
+        if self._refuse():
+            return None
         if kind == "upload" and self.server.full:
             self._answer(403, {"error": {"code": 403, "message": "quota of the project exceeded"}})
         elif kind == "upload" and query.get("uploadType") == "media":

@@ -19,8 +19,9 @@ from experiments.checkpoint import CheckpointError, Checkpoints, load_model
 from experiments.data import DataError, TextData, load, load_tokenizer, manifest
 from experiments.data import cache as data_cache
 from experiments.files import location, run_folder
+from experiments.integrity import verify
 from experiments.process import BusyError, only_process
-from experiments.stored import find_checkpoint
+from experiments.stored import find_checkpoint, write_run
 from experiments.train import main, train
 
 pytestmark = [
@@ -43,7 +44,7 @@ def bucket(server):
     server.objects.clear()
     server.written.clear()
     server.full = False
-    server.refused = None
+    server.refused, server.refusal = None, 403
     return server
 
 
@@ -251,6 +252,30 @@ def test_metrics_that_cannot_be_uploaded(bucket, monkeypatch, capsys):
             assert [row["step"] for row in metrics.read_metrics(f"{place}/metrics.jsonl")] == [1, 2, 3]
             new.close()
     shutil.rmtree(place)
+
+
+def test_errors_of_the_client_are_os_errors(bucket, tmp_path):
+    folder, config = saved(tmp_path)
+    directory = folder.directory.parent
+    bucket.refused, bucket.refusal = "/b/bucket/o", 400  # gcsfs raises this one as an exception of its own
+    for call in (
+        folder.steps,
+        lambda: load_model(directory),
+        lambda: run_folder(directory),
+        lambda: write_run(config),
+        lambda: metrics.MetricsLog(directory, 0),
+        lambda: files.remove(folder.directory / "1"),
+        lambda: list(files.files_below(directory)),
+        lambda: Checkpoints(folder.directory, keep=2),
+    ):
+        with pytest.raises(OSError, match="HttpError: no access"):
+            call()
+    with pytest.raises(results.ResultError, match=r"cannot be read .*no access"):
+        results.read_run(directory)
+    with pytest.raises(CheckpointError, match=r"could not be read: .*no access.*start again later"):
+        verify(folder.directory / "2")
+    bucket.refused = None
+    assert folder.steps() == [1, 2]
 
 
 def text(tmp_path, **changes) -> TextData:
