@@ -21,6 +21,7 @@ from experiments.data import cache as data_cache
 from experiments.files import location, run_folder
 from experiments.integrity import verify
 from experiments.process import BusyError, only_process
+from experiments.profiling import Profiler
 from experiments.stored import find_checkpoint, write_run
 from experiments.train import main, train
 
@@ -252,6 +253,20 @@ def test_metrics_that_cannot_be_uploaded(bucket, monkeypatch, capsys):
             assert [row["step"] for row in metrics.read_metrics(f"{place}/metrics.jsonl")] == [1, 2, 3]
             new.close()
     shutil.rmtree(place)
+
+
+def test_a_profile(bucket, capsys):
+    for full in (True, False):
+        bucket.full = full
+        profiler = Profiler((1, 1), location("gs://bucket/runs/run/profile"), print)
+        assert profiler.run(1, jax.jit(lambda x: x + 1), 1) == 2
+        said = capsys.readouterr()
+        if full:
+            assert "WARNING: no profile could be written to gs://bucket/runs/run/profile: " in said.err
+            (place,) = re.findall(r"What there is: (\S+)", said.err)
+            shutil.rmtree(place)
+    assert "a profile is in gs://bucket/runs/run/profile" in said.out
+    assert any(name.endswith(".trace.json.gz") for name in bucket.below("runs/run/profile/"))
 
 
 def test_errors_of_the_client_are_os_errors(bucket, tmp_path):
