@@ -62,9 +62,7 @@ class Profiler:
                 copy_files(self._local, self._folder, names)
                 shutil.rmtree(self._local, ignore_errors=True)
         except (OSError, ValueError, RuntimeError) as error:
-            warn(
-                f"no profile could be written to {self._folder}: {first_line(error)}. What there is is in {self._local}"
-            )
+            warn(f"no profile could be written to {self._folder}: {first_line(error)}. What there is: {self._local}")
             return
         self._say(
             f"a profile is in {self._folder}; open its .trace.json.gz at https://ui.perfetto.dev, or for more: "
