@@ -32,7 +32,7 @@ from orbax.checkpoint import v1 as ocp
 from experiments.arrays import load, named, shape_of
 from experiments.config import TrainConfig
 from experiments.distributed import on_main, waiting
-from experiments.files import absolute, as_os_errors, free_name, is_remote, location, remove
+from experiments.files import absolute, as_os_errors, free_name, is_remote, remove
 from experiments.integrity import (
     FORMAT,
     CheckpointError,
@@ -47,7 +47,7 @@ from experiments.integrity import (
     write_meta,
 )
 from experiments.process import BusyError
-from experiments.stored import compare_configs, find_checkpoint, read_config
+from experiments.stored import compare_configs, find_checkpoint
 from experiments.typed import to_json
 from experiments.writing import Write, is_of_storage
 from fam_jax import Decoder, tree_shardings

@@ -25,7 +25,7 @@ from experiments.command import make_folder
 from experiments.config import TrainConfig, check, check_mesh
 from experiments.data.passkey import PasskeyData
 from experiments.distributed import check_same, is_main, on_main, share, waiting
-from experiments.files import absolute
+from experiments.files import absolute, is_remote
 from experiments.flops import idle_share, step_flops
 from experiments.metrics import MetricsLog, Throughput
 from experiments.optim import make_optimizer
