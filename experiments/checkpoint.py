@@ -20,7 +20,6 @@ import json
 import math
 import os
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,20 +31,23 @@ from orbax.checkpoint import v1 as ocp
 
 from experiments.arrays import load, named, shape_of
 from experiments.config import TrainConfig
-from experiments.distributed import is_main, on_main, waiting
-from experiments.files import absolute, as_os_errors, free_name, is_remote, location, remove
+from experiments.distributed import on_main, waiting
+from experiments.files import absolute, as_os_errors, free_name, is_remote, remove
 from experiments.integrity import (
     FORMAT,
     CheckpointError,
     DamagedCheckpoint,
     checksums,
+    complete_steps,
+    delete,
     first_line,
     sync,
     verify,
+    warn,
     write_meta,
 )
 from experiments.process import BusyError
-from experiments.stored import compare_configs, read_config
+from experiments.stored import compare_configs, find_checkpoint
 from experiments.typed import to_json
 from experiments.writing import Write, is_of_storage
 from fam_jax import Decoder, tree_shardings
@@ -90,6 +92,7 @@ class Checkpoints:
         self._restored: int | None = None
         self._losses: dict[int, float | None] = {}
         self._writing: Write | None = None
+        self._doomed: set[int] = set()  # could not be deleted
 
         def clean() -> None:
             if self._remote:
@@ -106,12 +109,12 @@ class Checkpoints:
             complete = self.steps()
             for path in self.directory.glob("*"):
                 if path.name.isdecimal() and int(path.name) not in complete:
-                    _warn(f"checkpoint {path} is not complete, as its process ended before; it is deleted")
+                    warn(f"checkpoint {path} is not complete, as its process ended before; it is deleted")
                     remove(path)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, in order."""
-        return _steps(self.directory)
+        return complete_steps(self.directory)
 
     def save(
         self,
@@ -165,6 +168,7 @@ class Checkpoints:
 
         def prepare() -> bool:
             if self._remote:
+                self._held()
                 with as_os_errors(final):
                     return not (final / "meta.json").exists()
             if final.exists():
@@ -190,10 +194,10 @@ class Checkpoints:
             return ocp.save_async(absolute(partial) / name, items[name])
 
         try:
-            if not on_main(prepare, (OSError,)):
+            if not on_main(prepare, (OSError, BusyError)):
                 return
         except OSError as error:
-            raise self._failed(step, partial, error) from error
+            raise self._failed(step, error) from error
         self._writing = Write(
             step, partial, [functools.partial(start, name) for name in items], finish, self._delete_old
         )
@@ -215,7 +219,8 @@ class Checkpoints:
                 return
             ours = isinstance(error, ValueError) and self._remote  # so tensorstore says all that a bucket refuses
             if not writing.complete and (ours or is_of_storage(error)):
-                raise self._failed(writing.step, writing.partial, error) from error
+                self._discard(writing.partial)
+                raise self._failed(writing.step, error) from error
             raise error
 
         on_main(outcome, (CheckpointError, BusyError, OSError))
@@ -227,37 +232,55 @@ class Checkpoints:
         try:
             self.wait()
         except (CheckpointError, BusyError, OSError, ValueError) as error:
-            _warn(str(error))
+            warn(str(error))
 
-    def _failed(self, step: int, partial: Path, error: BaseException) -> CheckpointError:
-        if is_main():
-            with contextlib.suppress(Exception):  # what is left is removed at the next start
-                remove(partial)
-        kept = ", ".join(map(str, self.steps())) or "none"
+    def _discard(self, partial: Path) -> None:
+        """Deletes what was written of a checkpoint that failed; what is left is removed at the next start."""
+        with contextlib.suppress(Exception):
+            if self._remote:
+                self._held()
+                if (partial / "meta.json").exists():  # written, though the answer said otherwise or did not come
+                    return
+            remove(partial)
+
+    def _failed(self, step: int, error: BaseException) -> CheckpointError:
+        try:
+            with as_os_errors(self.directory):
+                kept = ", ".join(map(str, self.steps())) or "none"
+        except OSError:
+            kept = "not known, as they cannot be listed"
+        remedy = "See that the bucket can be written to" if self._remote else "Make room or repair the disk"
         return CheckpointError(
             f"checkpoint {step} could not be written to {self.directory}: {first_line(error)}. Earlier "
-            f"checkpoints are as they were (steps: {kept}). Make room or repair the disk, then start the "
-            "same command again"
+            f"checkpoints are as they were (steps: {kept}). {remedy}, then start the same command again"
         )
 
     def _delete_old(self) -> None:
+        """Deletes what is not to be kept. A checkpoint that cannot be is tried again after the next one."""
+        try:
+            with as_os_errors(self.directory):
+                self._doomed |= self._old()
+        except OSError as error:
+            warn(f"{self.directory} could not be listed to delete old checkpoints: {first_line(error)}")
+        for old in sorted(self._doomed):
+            folder = self.directory / str(old)
+            try:
+                delete(folder)
+                self._doomed.remove(old)
+            except OSError as error:
+                warn(
+                    f"the old checkpoint {folder} could not be deleted: {first_line(error)}. It is tried again after "
+                    "the next one; if that fails too, see that this process may delete there"
+                )
+
+    def _old(self) -> set[int]:
         steps = self.steps()
         kept = {*steps[-self._keep :], self._restored}
         kept |= {step for step in steps if self._every and step % self._every == 0}
         if self._best:
             losses = {step: loss for step in steps if (loss := self._loss(step)) is not None}
             kept |= set(sorted(losses, key=lambda step: (losses[step], step))[: self._best])
-        for old in steps:
-            if old in kept:
-                continue
-            if self._remote:
-                with as_os_errors(self.directory):
-                    remove(self.directory / str(old), first="meta.json")
-            else:
-                # Renamed first, so that one that is half deleted is not taken for a complete one.
-                doomed = self.directory / f"deleting-{old}"
-                os.rename(self.directory / str(old), doomed)
-                shutil.rmtree(doomed)
+        return set(steps) - kept
 
     def _loss(self, step: int) -> float | None:
         if step not in self._losses:
@@ -320,53 +343,11 @@ class Checkpoints:
             compare_configs(meta, config, folder),
         )
         for bad in damaged:  # out of the way, because this run will write that step again
-            aside = free_name(bad.folder.with_name(f"damaged-{bad.folder.name}"))
-            bad.folder.rename(aside)
-            _warn(f"{bad}; it is now {aside}, delete it when you like. Continuing from step {step} instead")
+            with as_os_errors(bad.folder):
+                aside = free_name(bad.folder.with_name(f"damaged-{bad.folder.name}"))
+                bad.folder.rename(aside)
+            warn(f"{bad}; it is now {aside}, delete it when you like. Continuing from step {step} instead")
         return restored
-
-
-def find_checkpoint(path: Path | str, step: int | None = None) -> tuple[Path, dict[str, Any], TrainConfig]:
-    """A checkpoint whose parameters are as they were written: its folder, its description, and its run's config.
-
-    The main process looks, so that all, which must all call this, have the same.
-
-    Args:
-        path: A run's folder, its `checkpoints` folder, or one checkpoint in it.
-        step: Which one; None is the latest that is not damaged.
-
-    Raises:
-        CheckpointError: There is none, or it is damaged or made by another version of the code.
-    """
-    name, meta = on_main(functools.partial(_find, location(path), step), (CheckpointError, OSError))
-    folder = location(name)
-    return folder, meta, read_config(meta, folder)
-
-
-def _find(root: Path, step: int | None) -> tuple[str, dict[str, Any]]:
-    if (root / "meta.json").exists():
-        candidates = [root]
-    else:
-        folder = root / "checkpoints" if (root / "checkpoints").is_dir() else root
-        steps = _steps(folder)
-        if not steps:
-            raise CheckpointError(
-                f"no checkpoint in {folder}; give the folder of a run, or train one: python -m "
-                "experiments.train --config NAME"
-            )
-        if step is not None and step not in steps:
-            raise CheckpointError(f"no checkpoint of step {step} in {folder}; there are {', '.join(map(str, steps))}")
-        candidates = [folder / str(s) for s in (reversed(steps) if step is None else [step])]
-    for folder in candidates:
-        try:
-            meta = verify(folder, "params")
-        except DamagedCheckpoint as error:
-            if folder == candidates[-1]:
-                raise CheckpointError(f"{error}. Bring it back from a copy, or give another checkpoint") from error
-            _warn(f"{error}. Reading an earlier one instead")
-            continue
-        return str(folder), meta
-    raise AssertionError("unreachable: the last candidate returns or raises")
 
 
 def load_model(
@@ -386,14 +367,3 @@ def load_model(
     with waiting("all to read the checkpoint"):
         params = load(folder, "params", shapes, meta)
     return model, {"params": params}, config
-
-
-def _steps(directory: Path) -> list[int]:
-    numbers = (path for path in directory.glob("*") if path.name.isdecimal())
-    if is_remote(directory):
-        return sorted(int(path.name) for path in numbers if (path / "meta.json").exists())
-    return sorted(int(path.name) for path in numbers if path.is_dir())
-
-
-def _warn(message: str) -> None:
-    print(f"WARNING: {message}", file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -52,7 +53,8 @@ def absolute(path: Path) -> Path:
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all; an existing one is replaced."""
     if is_remote(path):
-        path.write_text(text)
+        with as_os_errors(path):
+            path.write_text(text)
         return
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -60,14 +62,28 @@ def write_text(path: Path, text: str) -> None:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """All files in a folder and the folders in it."""
+    """All files in a folder and the folders in it; of one that is not there, none.
+
+    Raises:
+        OSError: A folder cannot be listed.
+    """
     if not is_remote(folder):
         yield from (path for path in folder.rglob("*") if path.is_file())
         return
-    remote: Any = folder
-    for parent, _, names in remote.walk():
-        whole = location(parent if is_remote(parent) else f"gs://{parent}")  # gcsfs leaves the scheme out
-        yield from (whole / name for name in names if name)
+    pending: list[Any] = [folder]
+    while pending:
+        current = pending.pop()
+        # One level at a time: fsspec calls `on_error` for the first alone; what it cannot list below is empty to it.
+        with as_os_errors(folder):
+            found = list(itertools.islice(current.walk(on_error=_unless_missing), 1))
+        for _, folders, names in found:
+            yield from (current / name for name in names if name)
+            pending += [current / name for name in folders]
+
+
+def _unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def remove(folder: Path, first: str | None = None) -> None:
@@ -76,17 +92,19 @@ def remove(folder: Path, first: str | None = None) -> None:
         shutil.rmtree(folder)
         return
     remote: Any = folder
-    if first is not None:
-        (remote / first).unlink(missing_ok=True)
-    remote.rmtree(missing_ok=True)
+    with as_os_errors(folder):
+        if first is not None:
+            (remote / first).unlink(missing_ok=True)
+        remote.rmtree(missing_ok=True)
 
 
 def copy_files(source: Path, target: Path, names: list[str]) -> None:
     """Copies files from one folder to another, between a disk and object storage."""
+    remote = target if is_remote(target) else source
     for name in names:
         if not is_remote(target):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-        with (source / name).open("rb") as old, (target / name).open("wb") as new:
+        with as_os_errors(remote), (source / name).open("rb") as old, (target / name).open("wb") as new:
             shutil.copyfileobj(old, new, 1 << 22)
 
 
@@ -109,9 +127,10 @@ def _is_of_client(error: Exception) -> bool:
 def run_folder(path: Path | str) -> Path:
     """The folder of the run that `load_model` reads from `path`; of a checkpoint that stands alone, its own."""
     root = absolute(location(path))
-    if (root / "meta.json").exists() and root.parent.name == "checkpoints":
-        root = root.parent
-    inside = root.name == "checkpoints" and not (root / "checkpoints").is_dir()
+    with as_os_errors(root):
+        if (root / "meta.json").exists() and root.parent.name == "checkpoints":
+            root = root.parent
+        inside = root.name == "checkpoints" and not (root / "checkpoints").is_dir()
     return root.parent if inside else root
 
 

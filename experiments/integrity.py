@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from experiments.files import files_below, is_remote
+from experiments.files import as_os_errors, files_below, is_remote, remove
 
 FORMAT = 1
 
@@ -80,8 +81,9 @@ def sync(directory: Path) -> None:
 def verify(folder: Path, item: str = "") -> dict[str, Any]:
     """The content of meta.json, once it and the files of an item (or all) are found to be as written."""
     try:
-        content = read_meta(folder / "meta.json")
-        found = checksums(folder, item)
+        with as_os_errors(folder):
+            content = read_meta(folder / "meta.json")
+            found = checksums(folder, item)
         for name, written in content["files"].items():
             if name.startswith(item) and found.get(name) != written:
                 now = f"has {found[name][0]} bytes with other content" if name in found else "is missing"
@@ -100,3 +102,33 @@ def verify(folder: Path, item: str = "") -> dict[str, Any]:
 def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     return (str(error) or type(error).__name__).splitlines()[0][:300]
+
+
+def complete_steps(directory: Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, in order."""
+    with as_os_errors(directory):
+        numbers = [path for path in directory.glob("*") if path.name.isdecimal()]
+        if is_remote(directory):
+            return sorted(int(path.name) for path in numbers if (path / "meta.json").exists())
+    return sorted(int(path.name) for path in numbers if path.is_dir())
+
+
+def delete(folder: Path) -> None:
+    """Deletes a checkpoint, or what an earlier try has left of it; one that is half deleted is not taken for complete.
+
+    Raises:
+        OSError: It cannot be deleted.
+    """
+    if is_remote(folder):
+        remove(folder, first="meta.json")
+        return
+    doomed = folder.with_name(f"deleting-{folder.name}")
+    if folder.exists():
+        os.rename(folder, doomed)
+    if doomed.exists():
+        remove(doomed)
+
+
+def warn(message: str) -> None:
+    """Says that something is not as it should be, though the run goes on."""
+    print(f"WARNING: {message}", file=sys.stderr, flush=True)

@@ -25,7 +25,7 @@ from experiments.command import make_folder
 from experiments.config import TrainConfig, check, check_mesh
 from experiments.data.passkey import PasskeyData
 from experiments.distributed import check_same, is_main, on_main, share, waiting
-from experiments.files import absolute
+from experiments.files import absolute, is_remote
 from experiments.flops import idle_share, step_flops
 from experiments.metrics import MetricsLog, Throughput
 from experiments.optim import make_optimizer
@@ -148,7 +148,7 @@ class _Run:
         self.start, self.state = self._begin(begin, shapes)
         self.log = None
         if is_main():
-            self.log = stack.enter_context(contextlib.closing(MetricsLog(config.directory, self.start)))
+            self.log = stack.enter_context(contextlib.closing(MetricsLog(config.directory, self.start, self.held)))
         self.bar = stack.enter_context(
             tqdm(
                 total=config.steps,
@@ -176,7 +176,7 @@ class _Run:
         directory = self.config.directory
 
         def take() -> None:
-            if fresh and directory.is_dir():
+            if fresh and (is_remote(directory) or directory.is_dir()):  # gcsfs calls what it cannot look at no folder
                 self._say(f"the earlier run is now in {set_aside(directory)}")
             make_folder(directory, "work_dir")
             self.held = stack.enter_context(only_process(directory))

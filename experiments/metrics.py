@@ -15,6 +15,8 @@ from tensorboardX import SummaryWriter
 
 from experiments.files import as_os_errors, copy_files, files_below, is_remote, location, write_text
 from experiments.flops import mfu
+from experiments.integrity import first_line, warn
+from experiments.process import BusyError
 from experiments.typed import to_json
 
 
@@ -24,7 +26,10 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     A last line that was cut off, because the process was killed while it wrote, is left out.
     """
     rows = []
-    for line in location(path).read_text(encoding="utf-8").splitlines():
+    file = location(path)
+    with as_os_errors(file):
+        text = file.read_text(encoding="utf-8")
+    for line in text.splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -39,18 +44,21 @@ class MetricsLog:
     """Writes `metrics.jsonl` and `tensorboard/` in a run's folder.
 
     In object storage nothing can be appended to: there, both are uploaded whole, now and then, with every checkpoint
-    and at the end.
+    and at the end. An upload that fails is made again with the next one, and training goes on.
     """
 
-    def __init__(self, directory: Path, step: int):
+    def __init__(self, directory: Path, step: int, held: Callable[[], None] = lambda: None):
         """Opens the files of a run that is at `step`, dropping what an earlier process wrote beyond it.
 
         Args:
             directory: The run's folder.
             step: Steps that the run has made; 0 starts new files.
+            held: Raises BusyError if another process has taken the folder over, whose files are then left alone.
         """
+        self._held = held
         self.path = directory / "metrics.jsonl"
-        kept = [row for row in read_metrics(self.path) if row["step"] <= step] if self.path.exists() else []
+        with as_os_errors(directory):
+            kept = [row for row in read_metrics(self.path) if row["step"] <= step] if self.path.exists() else []
         before = "".join(json.dumps(row) + "\n" for row in kept)
         write_text(self.path, before)
         self._upload: Path | None = None
@@ -77,21 +85,26 @@ class MetricsLog:
         if self._upload is None:
             return
         self._board.flush()
-        self._copy(self._upload)
+        self._copy(self._upload, "it is tried again with the next lines")
         self._uploaded = time.monotonic()
 
     def close(self) -> None:
-        """Finishes both."""
+        """Finishes both. What cannot be uploaded stays on this machine; a warning says where."""
         self._file.close()
         self._board.close()
-        if self._upload is not None:
-            self._copy(self._upload)
-            shutil.rmtree(self._local)
+        if self._upload is not None and self._copy(self._upload, "copy it to where it belongs, or delete it"):
+            shutil.rmtree(self._local, ignore_errors=True)
 
-    def _copy(self, target: Path) -> None:
-        with as_os_errors(target):
+    def _copy(self, target: Path, remedy: str) -> bool:
+        """Uploads both; whether that has succeeded."""
+        try:
+            self._held()
             names = [path.relative_to(self._local).as_posix() for path in files_below(self._local)]
             copy_files(self._local, target, names)
+        except (OSError, BusyError) as error:  # which the next checkpoint meets, too, in all processes
+            warn(f"metrics could not be uploaded to {target}: {first_line(error)}. They are in {self._local}: {remedy}")
+            return False
+        return True
 
 
 class Throughput:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,6 +11,8 @@ from typing import Any, TypeVar
 import jax
 
 from experiments.distributed import is_main
+from experiments.files import copy_files, files_below, is_remote
+from experiments.integrity import first_line, warn
 
 T = TypeVar("T")
 
@@ -25,14 +29,16 @@ class Profiler:
             say: Says where it is.
         """
         self._steps, self._folder, self._say = steps if is_main() else None, folder, say
-        self._recording = False
+        self._recording, self._local = False, folder
 
     def run(self, number: int, step: Callable[..., T], *arguments: Any) -> T:
         """`step(*arguments)`, the training step of this number."""
         if self._steps is None or not self._steps[0] <= number <= self._steps[1]:
             return step(*arguments)
         if not self._recording:
-            jax.profiler.start_trace(str(self._folder))
+            if is_remote(self._folder):  # uploaded like all else; JAX's own client has other errors
+                self._local = Path(tempfile.mkdtemp(prefix="fam-jax-profile-"))
+            jax.profiler.start_trace(str(self._local))
             self._recording = True
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             out = step(*arguments)
@@ -42,11 +48,23 @@ class Profiler:
         return out
 
     def close(self) -> None:
-        """Writes what is recorded, if the run ends before the last step of the range."""
-        if self._recording:
-            self._recording = False
+        """Writes what is recorded, if the run ends before the last step of the range.
+
+        One that cannot be written is a warning; training goes on.
+        """
+        if not self._recording:
+            return
+        self._recording = False
+        try:
             jax.profiler.stop_trace()
-            self._say(
-                f"a profile is in {self._folder}; open its .trace.json.gz at https://ui.perfetto.dev, or for more: "
-                f"pip install xprof && xprof --logdir {self._folder}"
-            )
+            if self._local != self._folder:
+                names = [path.relative_to(self._local).as_posix() for path in files_below(self._local)]
+                copy_files(self._local, self._folder, names)
+                shutil.rmtree(self._local, ignore_errors=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            warn(f"no profile could be written to {self._folder}: {first_line(error)}. What there is: {self._local}")
+            return
+        self._say(
+            f"a profile is in {self._folder}; open its .trace.json.gz at https://ui.perfetto.dev, or for more: "
+            f"pip install xprof && xprof --logdir {self._folder}"
+        )

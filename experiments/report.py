@@ -21,7 +21,7 @@ from scipy import stats
 
 from experiments import results
 from experiments.command import make_folder, run_command
-from experiments.files import is_remote, location
+from experiments.files import as_os_errors, is_remote, location
 from experiments.results import Result, ResultError
 from lime_jax.analysis import plot_matrix
 
@@ -328,7 +328,7 @@ def _save(figure: Any, path: str | Path) -> Path:
     target = location(path)
     if not is_remote(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("wb") as file:
+    with as_os_errors(target), target.open("wb") as file:
         figure.savefig(file, format=target.suffix[1:], dpi=150)
     return target
 

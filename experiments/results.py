@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 from experiments.command import make_folder
-from experiments.files import is_remote, location, write_text
+from experiments.files import as_os_errors, is_remote, location, write_text
 from experiments.metrics import read_metrics
 from experiments.typed import to_json
 
@@ -206,9 +206,11 @@ def read(path: str | Path) -> Result:
             schema version is another. The message names the file and the field.
     """
     try:
-        content = json.loads(location(path).read_text(encoding="utf-8"))
+        file = location(path)
+        with as_os_errors(file):
+            content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ResultError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+        raise ResultError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
     except ValueError as error:
         raise ResultError(f"{path}: not a JSON file ({error}); run the command again that made it") from None
     if not isinstance(content, dict):
@@ -264,7 +266,8 @@ def read_run(directory: str | Path) -> Result:
     """
     run, log = location(directory) / "run.json", location(directory) / "metrics.jsonl"
     try:
-        content = json.loads(run.read_text(encoding="utf-8"))
+        with as_os_errors(run):
+            content = json.loads(run.read_text(encoding="utf-8"))
         rows = read_metrics(log)
         curves = []
         for split in dict.fromkeys(row["split"] for row in rows):
@@ -293,7 +296,8 @@ def read_run(directory: str | Path) -> Result:
             time=datetime.datetime.fromtimestamp(ended, datetime.UTC).isoformat(timespec="seconds"),
         )
     except OSError as error:
-        raise ResultError(f"{error.filename}: cannot be read ({error.strerror}); give the folder of a run") from None
+        name, reason = error.filename or directory, error.strerror or error
+        raise ResultError(f"{name}: cannot be read ({reason}); give the folder of a run") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ResultError(
             f"{directory}: run.json or metrics.jsonl is not what experiments.train writes ({error!r})"

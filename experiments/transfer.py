@@ -13,9 +13,10 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.arrays import name_of, named, read_arrays, shape_of
-from experiments.checkpoint import CheckpointError, find_checkpoint
+from experiments.checkpoint import CheckpointError
 from experiments.config import TrainConfig
 from experiments.distributed import waiting
+from experiments.stored import find_checkpoint
 from experiments.typed import differences, to_json
 
 # Fields of the model that the parameters they share do not depend on.

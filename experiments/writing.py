@@ -35,11 +35,11 @@ class Write:
         self.error: BaseException | None = None
         self._finish, self._delete_old = finish, delete_old
         self._parts: list[Any] = []
-        try:
-            for start in starts:
+        for start in starts:
+            try:
                 self._parts.append(start())
-        except (OSError, ValueError) as error:  # kept, so that all processes come to the same `wait`
-            self.error = error
+            except Exception as error:  # kept, so that all processes begin all parts and come to the same `wait`
+                self.error = self.error or error
         self._thread = threading.Thread(target=self._run, name=f"checkpoint-{step}", daemon=True)
         self._thread.start()
 

@@ -25,6 +25,8 @@ class Bucket(ThreadingHTTPServer):
         objects: Content by name.
         written: Names in the order in which their uploads ended.
         full: Whether uploads are refused, as by a quota.
+        refused: What a request may not have in its path and query, such as a part of an object's name.
+        refusal: Status of the answer to one that has.
     """
 
     daemon_threads = True
@@ -35,6 +37,8 @@ class Bucket(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.written: list[str] = []
         self.full = False
+        self.refused: str | None = None
+        self.refusal = 403
         self.generations: dict[str, int] = {}
         self.sessions: dict[str, tuple[str, bytearray]] = {}
         self.lock = threading.Lock()
@@ -106,6 +110,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
+    def _refuse(self) -> bool:
+        """Answers a request that is refused."""
+        refused = self.server.refused
+        if refused is None or refused not in f"{self.command} {unquote(self.path)}":
+            return False
+        self._answer(self.server.refusal, {"error": {"code": self.server.refusal, "message": "no access to this"}})
+        return True
+
     def _missing(self, what: str) -> None:
         self._answer(404, {"error": {"code": 404, "message": f"{what}: not found"}})
 
@@ -137,6 +149,8 @@ class _Handler(BaseHTTPRequestHandler):
         return kind, match[3], query
 
     def do_GET(self) -> None:
+        if self._refuse():
+            return
         kind, name, query = self._route()
         if kind == "bucket":
             self._answer(200, {"kind": "storage#bucket", "name": self.server.name, "location": "US", "etag": "0"})
@@ -188,6 +202,8 @@ class _Handler(BaseHTTPRequestHandler):
         if "upload_id" in query:
             return self.do_PUT()
         body = self._read()
+        if self._refuse():
+            return None
         if kind == "upload" and self.server.full:
             self._answer(403, {"error": {"code": 403, "message": "quota of the project exceeded"}})
         elif kind == "upload" and query.get("uploadType") == "media":
@@ -228,6 +244,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._written(name, bytes(content))
 
     def do_DELETE(self) -> None:
+        if self._refuse():
+            return
         _, name, _ = self._route()
         with self.server.lock:
             found = self.server.objects.pop(unquote(name or ""), None)

@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import re
+import shutil
 
 import jax
 import numpy as np
@@ -12,12 +14,15 @@ from test_checkpoint import trees
 from test_distributed import Job, tiny_job
 from train_helpers import assert_same_bits, metric_rows, plain, restore, tiny
 
-from experiments import files, report, results
-from experiments.checkpoint import CheckpointError, Checkpoints, find_checkpoint, load_model
+from experiments import checkpoint, files, metrics, report, results
+from experiments.checkpoint import CheckpointError, Checkpoints, load_model
 from experiments.data import DataError, TextData, load, load_tokenizer, manifest
 from experiments.data import cache as data_cache
 from experiments.files import location, run_folder
+from experiments.integrity import verify
 from experiments.process import BusyError, only_process
+from experiments.profiling import Profiler
+from experiments.stored import find_checkpoint, write_run
 from experiments.train import main, train
 
 pytestmark = [
@@ -40,6 +45,7 @@ def bucket(server):
     server.objects.clear()
     server.written.clear()
     server.full = False
+    server.refused, server.refusal = None, 403
     return server
 
 
@@ -146,6 +152,21 @@ def test_a_bucket_that_refuses(bucket, tmp_path):
         train(in_bucket(plain(tmp_path)), progress=False)
 
 
+@pytest.mark.parametrize("part", ["3/params/", "3/params/state/d/"])
+def test_what_cannot_be_listed_is_not_missing(bucket, tmp_path, part):
+    folder, config = saved(tmp_path)
+    listing = f"GET /storage/v1/b/bucket/o?delimiter=/&prefix=runs/run/checkpoints/{part}&maxResults=1000"
+    bucket.refused = listing
+    with pytest.raises(CheckpointError, match=r"checkpoint 3 could not be written to gs://.*\(steps: 1, 2\)"):
+        folder.save(3, *trees(3), config, {})
+    bucket.refused = None
+    folder.save(3, *trees(3), config, {})
+    bucket.refused = listing
+    with pytest.raises(CheckpointError, match=r"checkpoints/3 could not be read: .*start again later"):
+        folder.restore(*trees(), config)
+    assert folder.steps() == [2, 3]
+
+
 def test_the_process_that_comes_last_takes_a_folder_over(bucket, tmp_path):
     directory = location("gs://bucket/runs/run")
     config = in_bucket(tiny(tmp_path))
@@ -159,6 +180,117 @@ def test_the_process_that_comes_last_takes_a_folder_over(bucket, tmp_path):
             later()
         assert first.steps() == [1]
     assert "runs/run/lock" not in bucket.objects
+
+
+def test_a_failure_deletes_only_what_is_its_own(bucket, tmp_path, monkeypatch):
+    folder, config = saved(tmp_path)
+    whole = bucket.below("runs/run/checkpoints/2/")
+    bucket.refused = "checkpoints/2/meta.json"  # whether it is complete cannot be seen
+    with pytest.raises(CheckpointError, match=r"checkpoint 2 could not be written .*they cannot be listed"):
+        folder.save(2, *trees(2), config, {})
+    bucket.refused = None
+    assert bucket.below("runs/run/checkpoints/2/") == whole
+
+    write_meta = checkpoint.write_meta
+
+    def no_answer(*args):
+        write_meta(*args)
+        raise OSError("the answer did not come")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_meta", no_answer)
+        with pytest.raises(CheckpointError, match=r"the answer did not come.*\(steps: 1, 2, 3\)"):
+            folder.save(3, *trees(3), config, {})
+
+    directory = location("gs://bucket/runs/run")
+    with only_process(directory) as held, monkeypatch.context() as patch:
+        first = Checkpoints(directory / "checkpoints", keep=2, held=held)
+
+        def later(*args):
+            bucket.put("runs/run/lock", b"of another process")
+            raise OSError("refused")
+
+        patch.setattr(checkpoint, "checksums", later)
+        with pytest.raises(CheckpointError, match="refused"):
+            first.save(4, *trees(4), config, {})
+    assert bucket.below("runs/run/checkpoints/4/")
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted(bucket, tmp_path, capsys):
+    folder, config = saved(tmp_path)
+    bucket.refused = "DELETE /storage/v1/b/bucket/o/runs/run/checkpoints/1/params"
+    folder.save(3, *trees(3), config, {})
+    assert "the old checkpoint gs://bucket/runs/run/checkpoints/1 could not be deleted: Forb" in capsys.readouterr().err
+    assert folder.steps() == [2, 3]
+    assert bucket.below("runs/run/checkpoints/1/")
+    bucket.refused = None
+    folder.save(4, *trees(4), config, {})
+    assert folder.steps() == [3, 4]
+    assert not bucket.below("runs/run/checkpoints/1/")
+
+
+def test_metrics_that_cannot_be_uploaded(bucket, monkeypatch, capsys):
+    directory = location("gs://bucket/runs/run")
+    monkeypatch.setattr(metrics, "UPLOAD_SECONDS", 0.0)
+    with only_process(directory) as held:
+        log = metrics.MetricsLog(directory, 0, held)
+        bucket.full = True
+        log.write(1, "train", {"loss": 1.0})
+        error = capsys.readouterr().err
+        assert "WARNING: metrics could not be uploaded to gs://bucket/runs/run: " in error
+        assert "tried again" in error
+        bucket.full = False
+        log.write(2, "train", {"loss": 1.0})
+        assert [row["step"] for row in metrics.read_metrics(log.path)] == [1, 2]
+        with only_process(directory) as later:
+            new = metrics.MetricsLog(directory, 1, later)
+            log.write(3, "train", {"loss": 1.0})
+            log.close()
+            assert [row["step"] for row in metrics.read_metrics(log.path)] == [1]
+            error = capsys.readouterr().err
+            assert "another process has taken over" in error
+            (place,) = set(re.findall(r"They are in (\S+): ", error))
+            assert [row["step"] for row in metrics.read_metrics(f"{place}/metrics.jsonl")] == [1, 2, 3]
+            new.close()
+    shutil.rmtree(place)
+
+
+def test_a_profile(bucket, capsys):
+    for full in (True, False):
+        bucket.full = full
+        profiler = Profiler((1, 1), location("gs://bucket/runs/run/profile"), print)
+        assert profiler.run(1, jax.jit(lambda x: x + 1), 1) == 2
+        said = capsys.readouterr()
+        if full:
+            assert "WARNING: no profile could be written to gs://bucket/runs/run/profile: " in said.err
+            (place,) = re.findall(r"What there is: (\S+)", said.err)
+            shutil.rmtree(place)
+    assert "a profile is in gs://bucket/runs/run/profile" in said.out
+    assert any(name.endswith(".trace.json.gz") for name in bucket.below("runs/run/profile/"))
+
+
+def test_errors_of_the_client_are_os_errors(bucket, tmp_path):
+    folder, config = saved(tmp_path)
+    directory = folder.directory.parent
+    bucket.refused, bucket.refusal = "/b/bucket/o", 400  # gcsfs raises this one as an exception of its own
+    for call in (
+        folder.steps,
+        lambda: load_model(directory),
+        lambda: run_folder(directory),
+        lambda: write_run(config),
+        lambda: metrics.MetricsLog(directory, 0),
+        lambda: files.remove(folder.directory / "1"),
+        lambda: list(files.files_below(directory)),
+        lambda: Checkpoints(folder.directory, keep=2),
+    ):
+        with pytest.raises(OSError, match="HttpError: no access"):
+            call()
+    with pytest.raises(results.ResultError, match=r"cannot be read .*no access"):
+        results.read_run(directory)
+    with pytest.raises(CheckpointError, match=r"could not be read: .*no access.*start again later"):
+        verify(folder.directory / "2")
+    bucket.refused = None
+    assert folder.steps() == [1, 2]
 
 
 def text(tmp_path, **changes) -> TextData:
