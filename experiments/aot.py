@@ -28,6 +28,7 @@ import tyro
 from jax.experimental import topologies
 
 from experiments import flops, hlo, report, results
+from experiments.aot_gpu import gpu_devices
 from experiments.command import run_command
 from experiments.config import TrainConfig
 from experiments.data import TextData
@@ -48,7 +49,8 @@ class Options:
         preset: Shape of the model; a function of `fam_jax.presets`.
         memory: FAM, its window alone, or full attention.
         lime: With LIMe.
-        topology: TPU generation and arrangement of chips, e.g. v5e:4x4 or v5p:2x2x4.
+        topology: TPU generation and arrangement of chips, e.g. v5e:4x4 or v5p:2x2x4; or h100:8, eight GPUs of a host,
+            which needs more (see `experiments.aot_gpu`).
         mesh: Sizes of the mesh's axes, e.g. fsdp=-1,tensor=4; those left out are 1.
         batch: Rows of a step, over all chips.
         microbatch: Rows of each part whose gradients are added up; None is the whole batch.
@@ -244,11 +246,12 @@ def run(options: Options) -> tuple[results.Result, Path, str]:
         The result, its file, and the table of collectives.
 
     Raises:
-        ValueError: as `train_config`, `tpu_devices` and `compile_step`; or it does not fit the chip.
+        ValueError: as `train_config`, `tpu_devices`, `gpu_devices` and `compile_step`; or it does not fit the chip.
     """
     config = train_config(options)
     results.make_directory(options.output)
-    devices = tpu_devices(options.topology)
+    of_gpus = options.topology.startswith("h100")
+    devices = gpu_devices(options.topology) if of_gpus else tpu_devices(options.topology)
     start = time.perf_counter()
     try:
         if options.what == "train":

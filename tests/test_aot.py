@@ -11,7 +11,7 @@ import sys
 import pytest
 from train_helpers import ROOT
 
-from experiments import aot, results
+from experiments import aot, aot_gpu, results
 from fam_jax import MeshConfig
 
 TINY = aot.Options(preset="tiny", topology="v5e:2x2", batch=8, length=64)
@@ -19,7 +19,7 @@ TINY = aot.Options(preset="tiny", topology="v5e:2x2", batch=8, length=64)
 
 def compiled(folder, *options):
     """The curve of a tiny model's step, and its table of collectives."""
-    if importlib.util.find_spec("libtpu") is None:
+    if "h100:8" not in options and importlib.util.find_spec("libtpu") is None:
         pytest.skip('compiling for a TPU needs libtpu: pip install -e ".[tpu]"')
     command = [sys.executable, "-m", "experiments.aot", "--preset", "tiny", "--topology", "v5e:2x2", "--batch", "8"]
     command += ["--length", "64", "--output", str(folder), *options]
@@ -132,6 +132,22 @@ def test_the_run_that_is_compiled():
 def test_wrong_options(change, message):
     with pytest.raises(ValueError, match=message):
         aot.train_config(dataclasses.replace(TINY, **change))
+
+
+def test_gpus(tmp_path):
+    if reason := aot_gpu.missing():
+        with pytest.raises(ValueError, match=r"compiling for a GPU needs .*pip install --no-deps jax-cuda12-plugin"):
+            aot_gpu.gpu_devices("h100:8")
+        pytest.skip(reason)
+    curve, collectives = compiled(tmp_path, "--topology", "h100:8")
+    assert curve["devices"] == [8]
+    assert curve["fam_scan_moves"] == [0], collectives
+    assert 0 < curve["peak_gib"][0] < 0.9 * curve["usable_gib"][0]
+
+
+def test_an_unknown_number_of_gpus():
+    with pytest.raises(ValueError, match="topology='h100:x' is not known; of GPUs there is h100:COUNT"):
+        aot_gpu.gpu_devices("h100:x")
 
 
 def test_an_unknown_topology():
