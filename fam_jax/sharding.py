@@ -105,8 +105,10 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None =
     shape = config.shape(len(devices))
     types = (AxisType.Auto,) * len(MESH_AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # Splitting: an axis of 4 in a torus of 8x8x8 is half of one of its rings.
     if slices == 1:
-        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(placed, MESH_AXES, axis_types=types)
     if shape[0] % slices:
         raise ValueError(
             f"MeshConfig.data={shape[0]} is not a multiple of the {slices} slices, which are apart along this axis; "
@@ -114,7 +116,8 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None =
         )
     inside = (shape[0] // slices, *shape[1:])
     across = (slices, *[1] * (len(shape) - 1))
-    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), MESH_AXES, axis_types=types)
+    placed = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+    return Mesh(placed, MESH_AXES, axis_types=types)
 
 
 @dataclasses.dataclass(frozen=True)
