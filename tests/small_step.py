@@ -34,9 +34,11 @@ def main(memory: str, lime: bool) -> None:
     options = aot.Options(preset="tiny", topology="v5e:2x2", batch=8, length=256)
     config = dataclasses.replace(aot.train_config(options), model=model)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, block_size=64))
-    compiled, _, _ = aot.compile_step(config, aot.tpu_devices(options.topology))
+    compiled, operations, _ = aot.compile_step(config, aot.tpu_devices(options.topology))
     loops = hlo.read(compiled.as_text())
     found = {
+        "peak": hlo.memory_report(compiled)["peak"],
+        "operations": operations,
         "bytes": hlo.total_bytes(loops),
         "gathered": sum(
             loop.executions * loop.traffic["all-gather"].bytes

@@ -50,6 +50,10 @@ def test_fam_sends_hardly_more_than_its_window_alone(words):
     # The prompt climbs by the same gathered weights, and gradients of all uses of a weight are summed before they move.
     assert fam["gathered"] <= 1.01 * bswa["gathered"], fam["table"]
     assert fam["bytes"] <= 1.02 * bswa["bytes"], fam["table"]
+    if words == ("fam",):
+        assert fam["peak"] <= 1.35 * bswa["peak"]
+        # Of 64 tokens a block 8 more for the FAM, which read the block, too: more than at the real models' 64 of 1024.
+        assert 1.1 * bswa["operations"] < fam["operations"] < 1.2 * bswa["operations"]
 
 
 @pytest.mark.parametrize("options", [(), ("--microbatch", "4")])
@@ -99,6 +103,11 @@ def test_generation(tmp_path, what):
     assert curve["fam_scan_moves"] == [0]
     assert curve["flops"][0] > 0
     assert what in curve["label"]
+
+
+def test_a_mesh_whose_axes_are_parts_of_a_ring(tmp_path):
+    curve, _ = compiled(tmp_path, "--topology", "v5p:4x4x4", "--mesh", "fsdp=-1,tensor=2", "--batch", "32")
+    assert curve["devices"] == [64]
 
 
 def test_bswa_counts_less(tmp_path):
