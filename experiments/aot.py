@@ -85,6 +85,8 @@ def model_config(options: Options) -> DecoderConfig:
     memory = model.memory
     if options.memory == "full":
         memory = None
+    elif memory is None:
+        raise ValueError(f"preset={options.preset!r} has full attention; give memory='full'")
     elif options.memory == "bswa":
         memory = dataclasses.replace(memory, fam_length=0, rsp=0.0)
     return dataclasses.replace(model, memory=memory, mixing=LimeConfig() if options.lime else None)

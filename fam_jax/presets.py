@@ -1,6 +1,7 @@
-"""Model shapes by name. `palm_*` are those of TransformerFAM's table 3, with the paper's default memory.
+"""Model shapes by name. `palm_*` are those of TransformerFAM's table 3, with the paper's default memory;
+`smollm2_135m` is that of a pretrained model.
 
-Parameter counts, embeddings not counted: 1.19B, 8.59B and 24.49B. The paper's 256k vocabulary adds 0.4B to
+The paper's parameter counts, embeddings not counted: 1.19B, 8.59B and 24.49B. The paper's 256k vocabulary adds 0.4B to
 1.1B. Change anything with `dataclasses.replace`.
 """
 
@@ -53,3 +54,18 @@ def palm_8b() -> DecoderConfig:
 def palm_24b() -> DecoderConfig:
     """The paper's 24B model: 56 layers, width 4096, 32 query heads and one key/value head."""
     return _palm(num_layers=56, d_model=4096, num_heads=32, num_kv_heads=1, ff_multiplier=8)
+
+
+def smollm2_135m() -> DecoderConfig:
+    """SmolLM2-135M: 30 layers, width 576, 9 query heads and 3 key/value heads; full attention."""
+    return DecoderConfig(
+        vocab_size=49_152,
+        num_layers=30,
+        d_model=576,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        d_ff=1536,
+        rope_base=100_000.0,
+        norm_eps=1e-5,
+    )

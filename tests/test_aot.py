@@ -132,6 +132,7 @@ def test_the_run_that_is_compiled():
     ("change", "message"),
     [
         ({"preset": "palm_2b"}, "preset='palm_2b' is not known; there are .*palm_1b"),
+        ({"preset": "smollm2_135m"}, "preset='smollm2_135m' has full attention; give memory='full'"),
         ({"mesh": "fsdp"}, "mesh='fsdp' is not allowed; give AXIS=SIZE,... with the axes data, fsdp"),
         ({"mesh": "rows=2"}, "mesh='rows=2' is not allowed"),
         ({"microbatch": 3}, "microbatch=3 is not allowed; it must divide batch=8"),
