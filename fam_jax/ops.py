@@ -5,6 +5,7 @@ f FAM row, h query head, g key/value head, r query heads per key/value head, k h
 e feed-forward width.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -128,7 +129,7 @@ def attend_by_block(q: Array, sources: list[Source], softcap: float | None = Non
     return jnp.moveaxis(attended, 0, 1)
 
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu": partial(jax.nn.gelu, approximate=True)}
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"silu": jax.nn.silu, "gelu": partial(jax.nn.gelu, approximate=True)}
 
 
 def feed_forward(w_gate: Array, w_up: Array, w_down: Array, x: Array, activation: str = "silu") -> Array:
