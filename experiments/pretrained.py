@@ -103,6 +103,7 @@ def import_model(model: str, output: Path | None = None, progress: bool = False)
         raise DataError(f"{target} is there, and no checkpoint; give another folder as --output")
 
     def build(partial: Path) -> None:
+        pretrained.read_config(path)  # says what is wrong with it before anything else
         if path.suffix == ".gguf":
             write_gguf_tokenizer(Gguf(path), partial)
         else:
