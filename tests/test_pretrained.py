@@ -177,6 +177,13 @@ def test_with_fam_and_lime_on_a_mesh(tmp_path):
     assert np.all(np.isfinite(our_logits(config, found)))
 
 
+def test_lime_that_starts_at_zero_is_the_pretrained_model(tmp_path):
+    pretrained.save(tmp_path, CONFIG, random_model(CONFIG))
+    config, params = pretrained.load(tmp_path)
+    mixed, more = pretrained.load(tmp_path, mixing=LimeConfig(init="zeros"))
+    np.testing.assert_array_equal(our_logits(mixed, more), our_logits(config, params))
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3"])
 def test_a_window_that_covers_the_text_is_full_attention(name):
     config, params = FAMILIES[name], random_model(FAMILIES[name])
