@@ -46,7 +46,7 @@ EXTRAS = {
     "tokenizers": ["sentencepiece>=0.2.1", "tokenizers>=0.22.0"],
     # The tests compare a router with theirs; any torch will do, one without CUDA is smaller. Lower bounds are untested
     # here and below.
-    "pretrained": ["safetensors>=0.6.0", "gguf>=0.17.1"],  # Hugging Face's and llama.cpp's files
+    "pretrained": ["safetensors>=0.6.1", "gguf>=0.17.1"],  # Hugging Face's and llama.cpp's files
     "x-transformers": ["torch>=2.6.0", "x-transformers>=2.31.0"],
     "hugging-face": ["torch>=2.6.0", "transformers>=5.0.0"],  # the tests compare pretrained models with theirs
     "tensorflow": [
