@@ -48,7 +48,7 @@ EXTRAS = {
     # here and below.
     "pretrained": ["safetensors>=0.6.1", "gguf>=0.17.1"],  # Hugging Face's and llama.cpp's files
     "x-transformers": ["torch>=2.6.0", "x-transformers>=2.31.0"],
-    "hugging-face": ["torch>=2.6.0", "transformers>=5.0.0"],  # the tests compare pretrained models with theirs
+    "hugging-face": ["torch>=2.6.0", "transformers>=4.57.0"],  # the tests compare pretrained models with theirs
     "tensorflow": [
         "tensorflow>=2.20.0",
         "importlib_resources>=6.0.0",
