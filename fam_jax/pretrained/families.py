@@ -225,7 +225,7 @@ def hugging_face_config(config: DecoderConfig, max_length: int) -> dict[str, Any
             "full_attention": {**scaling, "rope_theta": config.rope_base},
             "sliding_attention": local,
         }
-        del theirs["rope_theta"], theirs["rope_scaling"]
+        theirs["rope_local_base_freq"] = local["rope_theta"]  # so their library says it before version 5
     differing = [
         name for name in _function(config) if _function(config)[name] != _function(decoder_config(theirs))[name]
     ]
