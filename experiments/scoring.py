@@ -239,9 +239,7 @@ def _round_up(number: int, least: int, most: int | None = None) -> int:
     return rounded if most is None else min(rounded, most)
 
 
-def _columns(
-    rows: Sequence[np.ndarray], lengths: np.ndarray, start: int, width: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _columns(rows: Sequence[np.ndarray], lengths: np.ndarray, start: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Columns of rows, int32 [b, width] padded on the right, and how many of them are real, int32 [b]."""
     tokens = np.zeros((len(lengths), width), np.int32)
     for row, ids in enumerate(rows):

