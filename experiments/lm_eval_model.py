@@ -105,7 +105,8 @@ class HarnessModel(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
         pairs = [self._fit(self._begin(context), _ids(continuation)) for _, context, continuation in requests]
-        return [tuple(score) for score in self._reader.scores(pairs, "loglikelihood", self._progress)]
+        scores = self._reader.scores(pairs, "loglikelihood", self._progress)
+        return [(value, greedy) for value, greedy in scores]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
         """Log-probability in nats of each text, its first token being predicted from the separator.
