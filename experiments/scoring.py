@@ -1,8 +1,9 @@
 """How likely a model finds given continuations of given texts, and what it writes itself: many texts in few shapes.
 
-A text that several continuations share is read once, and its state is handed to all of them. Texts of like length are
-read side by side, padded on the right, in chunks whose widths and numbers of rows are powers of two up to a limit, so
-that few programs are compiled whatever the lengths.
+A text that several continuations share is read once, and its state is handed to all of them; so is what all texts of a
+batch begin with, such as the same examples. Texts of like length are read side by side, padded on the right, in chunks
+whose widths and numbers of rows are powers of two up to a limit, so that few programs are compiled whatever the
+lengths.
 """
 
 from __future__ import annotations
@@ -172,14 +173,21 @@ class Reader:
             room: Tokens that a row will have at most; full attention makes its cache for them.
 
         Returns:
-            State of at least so many rows; those beyond have read nothing.
+            State of at least so many rows. The chunks that all begin with are read once.
         """
         lengths = np.zeros(_round_up(len(rows), 1, self.batch_size), np.int64)
         lengths[: len(rows)] = [len(ids) for ids in rows]
         full = self.model.config.memory is None
-        state = initial_state(self.model, len(lengths), _round_up(room, NARROWEST) if full else None)
+        shared = _common(rows) // self._size * self._size if len(rows) > 1 else 0
+        count = 1 if shared else len(lengths)
+        state = initial_state(self.model, count, _round_up(room, NARROWEST) if full else None)
+        for start in range(0, shared, self._size):
+            tokens, real = _columns(rows[:1], np.array([shared]), start, self._size)
+            state = _read(self.model, not full, self.variables, state, tokens, real)
+        if shared:
+            state = _pick(self.model, state, np.zeros(len(lengths), np.int32))
         block = self._block
-        for start, width in self._pieces(int(lengths.max())):
+        for start, width in self._pieces(int(lengths.max()), shared):
             tokens, real = _columns(rows, lengths, start, width)
             # What starts inside a block costs a block more.
             aligned = not full and not (np.minimum(lengths, start) % block).any()
@@ -212,11 +220,15 @@ class Reader:
         count = _round_up(len(rows), 1, self.batch_size)
         return _pick(self.model, state, np.array([*rows, *[0] * (count - len(rows))], np.int32))
 
-    def _pieces(self, length: int) -> Iterator[tuple[int, int]]:
-        """First column and width of each chunk of a text."""
-        size = -(-self.chunk // self._block) * self._block
-        for start in range(0, length, size):
-            yield start, _round_up(length - start, NARROWEST, size)
+    def _pieces(self, length: int, first: int = 0) -> Iterator[tuple[int, int]]:
+        """First column and width of each chunk of a text, from a column on."""
+        for start in range(first, length, self._size):
+            yield start, _round_up(length - start, NARROWEST, self._size)
+
+    @property
+    def _size(self) -> int:
+        """Tokens of a chunk."""
+        return -(-self.chunk // self._block) * self._block
 
     @property
     def _block(self) -> int:
@@ -237,6 +249,15 @@ def _round_up(number: int, least: int, most: int | None = None) -> int:
     """The next power of two, or the limit."""
     rounded = max(least, 1 << max(number - 1, 0).bit_length())
     return rounded if most is None else min(rounded, most)
+
+
+def _common(rows: Sequence[np.ndarray]) -> int:
+    """Tokens that all rows begin with."""
+    length = min(map(len, rows))
+    differs = np.zeros(length, bool)
+    for ids in rows[1:]:
+        differs |= ids[:length] != rows[0][:length]
+    return int(differs.argmax()) if differs.any() else length
 
 
 def _columns(rows: Sequence[np.ndarray], lengths: np.ndarray, start: int, width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -96,6 +96,27 @@ def test_they_depend_neither_on_the_batch_nor_on_the_order(memory):
 
 
 @both
+def test_what_all_texts_begin_with_is_read_once(memory, monkeypatch):
+    """Examples before a question, say: for all rows together, and with the results of reading them for each."""
+    rng = np.random.default_rng(2)
+    examples = rng.integers(1, 256, 37)
+    contexts = [np.concatenate([examples, rng.integers(1, 256, n)]).astype(np.int32) for n in (0, 1, 9, 30)]
+    asked = [(context, rng.integers(1, 256, n).astype(np.int32)) for n in (1, 4) for context in contexts]
+    read, rows = scoring._read, []
+    monkeypatch.setattr(scoring, "_read", lambda *given: rows.append(given[4].shape[0]) or read(*given))
+    model, variables = tiny_run.init(tiny_run.model_config(memory))
+    got = Reader(model, variables, 4, 16).scores(asked, progress=False)
+    assert rows == [1, 1, 4, 4, 4]  # 32 tokens, and up to 34 more
+    want = [direct_scores(memory, *pair) for pair in asked]
+    np.testing.assert_allclose([score.log_likelihood for score in got], want, atol=1e-4)
+
+
+def direct_scores(memory, context, continuation):
+    whole = np.concatenate([context, continuation])
+    return log_probabilities(memory, whole)[0][-len(continuation) :].sum(dtype=np.float64)
+
+
+@both
 def test_greedy_is_what_greedy_decoding_writes(memory):
     model, variables = tiny_run.init(tiny_run.model_config(memory))
     context = np.frombuffer(b"Once upon", np.uint8).astype(np.int32)
