@@ -82,7 +82,7 @@ class Reader:
                 contexts = [requests[group[0]][0] for group in batch]
                 asked = [(row, number) for row, group in enumerate(batch) for number in group]
                 asked.sort(key=lambda pair: -len(requests[pair[1]][1]))
-                ends = max(len(context) + len(requests[number][1]) for context, number in _pairs(contexts, asked))
+                ends = max(len(contexts[row]) + len(requests[number][1]) for row, number in asked)
                 state = self.read([context[:-1] for context in contexts], ends)
                 for some in _batches(asked, self.batch_size):
                     texts = [(contexts[row][-1:], requests[number][1]) for row, number in some]
@@ -239,10 +239,6 @@ class Reader:
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
-
-
-def _pairs(contexts: Sequence[np.ndarray], asked: Sequence[tuple[int, int]]) -> Iterator[tuple[np.ndarray, int]]:
-    return ((contexts[row], number) for row, number in asked)
 
 
 def _round_up(number: int, least: int, most: int | None = None) -> int:
