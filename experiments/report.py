@@ -83,6 +83,7 @@ KINDS = {
     "pruning": Kind("p", "loss", "share of each head's weight kept", "loss in nats per token", False, None, 4),
     "aot": Kind("microbatch", "peak_gib", "rows at once", "peak memory of a chip in GiB", False, None, 2),
     "kills": Kind("kill", "resumed", "kill", "step after which the next process went on", False, None, 0),
+    "harness": Kind("step", "value", "training step", "score", False, None, 4),
     "training": Kind("step", "loss", "training step", "loss in nats per token", False, None, 3),
 }
 

