@@ -44,6 +44,11 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "w_up": ("embed", "mlp"),
     "w_down": ("mlp", "embed"),
 }
+# The two matrices that LoRA adds to a weight have its inputs and its outputs; their inner width is small.
+for _name in ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"):
+    _inputs = 2 if _name == "wo" else 1
+    PARAMETERS[f"{_name}_a"] = (*PARAMETERS[_name][:_inputs], None)
+    PARAMETERS[f"{_name}_b"] = (None, *PARAMETERS[_name][_inputs:])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from fam_jax.config import DecoderConfig
+from fam_jax.lora import product
 from fam_jax.ops import feed_forward, rms_norm
 from fam_jax.remat import ATTENDED, PROJECTED
 from lime_jax import Depth, Mixer
@@ -35,6 +36,7 @@ class LayerParams:
         w_up: [d, e].
         w_down: [e, d].
         mixing: What the layer mixer has of its own, as its `effective` gives it.
+        lora: Low-rank changes to the weights, as `fam_jax.lora.effective` gives them; empty without.
     """
 
     attn_norm: Array
@@ -49,6 +51,7 @@ class LayerParams:
     w_up: Array
     w_down: Array
     mixing: Params
+    lora: dict[str, Array]
 
 
 class LayerStack(nn.Module):
@@ -82,6 +85,7 @@ class LayerStack(nn.Module):
             w_up=matrix("w_up", c.d_model, c.d_model, c.d_ff),
             w_down=matrix("w_down", c.d_ff, c.d_ff, c.d_model, scale=out_scale),
             mixing={},
+            lora={},
         )
 
 
@@ -103,9 +107,9 @@ def project(
     norm = partial(rms_norm, scale=params.attn_norm, eps=config.norm_eps)
     for_q, for_k, for_v, depth = mixer.attention_inputs(params.mixing, x, norm, depth)
     heads = "g" if for_k.ndim > for_q.ndim else ""  # each head may have an input of its own
-    q = jnp.einsum("...d,dhk->...hk", for_q, params.wq)
-    k = jnp.einsum(f"...{heads}d,dgk->...gk", for_k, params.wk)
-    v = jnp.einsum(f"...{heads}d,dgk->...gk", for_v, params.wv)
+    q = product("...d,dhk->...hk", for_q, params.wq, params.lora, "wq")
+    k = product(f"...{heads}d,dgk->...gk", for_k, params.wk, params.lora, "wk")
+    v = product(f"...{heads}d,dgk->...gk", for_v, params.wv, params.lora, "wv")
     k, v, depth = mixer.keys_values(params.mixing, for_q, q, k, v, depth)
     if params.q_norm is not None and params.k_norm is not None:
         q, k = rms_norm(q, params.q_norm, config.norm_eps), rms_norm(k, params.k_norm, config.norm_eps)
@@ -138,7 +142,7 @@ def finish(
     Returns:
         What goes to the next layer, and the depth with what this layer lets later ones read.
     """
-    y = jnp.einsum("...hk,hkd->...d", checkpoint_name(attended, ATTENDED), params.wo)
+    y = product("...hk,hkd->...d", checkpoint_name(attended, ATTENDED), params.wo, params.lora, "wo")
     if params.ff_norm is None:
         scale = params.attn_norm
     else:
@@ -147,7 +151,7 @@ def finish(
         x, add = mixer.enter(params.mixing, carry, depth, 1)
     norm = partial(rms_norm, scale=scale, eps=config.norm_eps)
     ff_in, depth = mixer.ff_input(params.mixing, x if ff_source is None else ff_source, norm, depth)
-    ff_out = feed_forward(params.w_gate, params.w_up, params.w_down, ff_in)
+    ff_out = feed_forward(params.w_gate, params.w_up, params.w_down, ff_in, params.lora)
     carry, depth = add(y + ff_out if params.ff_norm is None else ff_out, depth)
     return mixer.leave(params.mixing, carry, depth)
 
