@@ -49,7 +49,8 @@ class TrainConfig:
         keep_every: Checkpoints of steps that are multiples of this are kept for good; 0 is none.
         keep_best: So many checkpoints of the lowest validation loss are kept, too. Each checkpoint needs an evaluation.
         init_from: A run, or one checkpoint of it, whose parameters this run begins with. Its model may have another
-            memory or mixing: FAM is added to a trained model so, or its length changed.
+            memory, mixing or lora: FAM is added to a trained model so, or its length changed.
+        train_mixing: With `model.lora`, train what mixes layers, too, beside LoRA and the FAM prompt.
         work_dir: Folder of checkpoints, metrics and the config, also in object storage (`gs://BUCKET/...`); None is
             `runs/NAME`.
         mesh: How the devices are used; what goes over which of its axes is `model.sharding`.
@@ -72,6 +73,7 @@ class TrainConfig:
     keep_every: int = 0
     keep_best: int = 0
     init_from: str | None = None
+    train_mixing: bool = False
     work_dir: str | None = None
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     profile: tuple[int, int] | None = None
@@ -115,6 +117,11 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig.accumulate={self.accumulate} is not allowed; it must divide "
                 f"data.batch_size={self.data.batch_size}"
+            )
+        if self.train_mixing and (self.model.lora is None or self.model.mixing is None):
+            raise ValueError(
+                "TrainConfig.train_mixing=True is not allowed without model.lora and model.mixing: without LoRA all "
+                "parameters train; set it to False"
             )
         if self.z_loss < 0:
             raise ValueError(f"TrainConfig.z_loss={self.z_loss!r} is not allowed; it must be at least 0")

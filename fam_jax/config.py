@@ -174,7 +174,7 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """alpha / rank."""
+        """What the product is added times."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
 

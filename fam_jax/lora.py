@@ -72,7 +72,8 @@ def effective(config: DecoderConfig, factors: Mapping[str, Array], key: Array | 
     Returns:
         The same arrays in the type of the activations; none without LoRA.
     """
-    lora, found = config.lora, {}
+    lora = config.lora
+    found: dict[str, Array] = {}
     for name in () if lora is None else lora.targets:
         assert lora is not None
         a = factors[f"{name}_a"] * lora.scale

@@ -53,6 +53,7 @@ BAD_DECODER = [
     ("head_dim", 5),  # rotary turns pairs
     ("memory", "fam"),
     ("mixing", "lime"),
+    ("lora", 64),
     ("qk_norm", 1),
     ("schedule", "wave"),
     ("parallel_block", "yes"),
