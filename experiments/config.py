@@ -118,11 +118,6 @@ class TrainConfig:
                 f"TrainConfig.accumulate={self.accumulate} is not allowed; it must divide "
                 f"data.batch_size={self.data.batch_size}"
             )
-        if self.train_mixing and (self.model.lora is None or self.model.mixing is None):
-            raise ValueError(
-                "TrainConfig.train_mixing=True is not allowed without model.lora and model.mixing: without LoRA all "
-                "parameters train; set it to False"
-            )
         if self.z_loss < 0:
             raise ValueError(f"TrainConfig.z_loss={self.z_loss!r} is not allowed; it must be at least 0")
         if not self.name or self.name in (".", "..") or "/" in self.name:
@@ -167,6 +162,11 @@ def check(config: TrainConfig) -> None:
             )
     else:
         vocabulary, what, shortest = data.vocab_size, f"the {data.task().tokenizer.name} task", data.length
+    if config.train_mixing and (config.model.lora is None or config.model.mixing is None):
+        raise ValueError(
+            "train_mixing=True is not allowed without both model.lora and model.mixing; set it to False: without LoRA "
+            "all parameters train"
+        )
     if config.model.vocab_size < vocabulary:
         raise ValueError(
             f"model.vocab_size={config.model.vocab_size} is too small for {what}, which has {vocabulary} "

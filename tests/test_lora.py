@@ -24,6 +24,7 @@ from reference import (
 from train_helpers import assert_same_bits, metric_rows, restore, tiny, with_model
 
 from experiments import flops
+from experiments.config import check
 from experiments.optim import OptimConfig, make_optimizer
 from experiments.step import create_state, make_eval_step, make_train_step, means
 from experiments.train import train
@@ -308,8 +309,11 @@ def test_a_trained_model_is_given_fam_and_goes_on_bit_for_bit(tmp_path, capsys):
 
 
 def test_mixing_trains_with_lora_only(tmp_path):
-    with pytest.raises(ValueError, match=r"TrainConfig.train_mixing=True is not allowed without model.lora and"):
-        tiny(tmp_path, train_mixing=True)
+    config = lora_run(tmp_path, train_mixing=True, model={"mixing": LimeConfig()})
+    check(config)
+    for change in ({"mixing": None}, {"lora": None}):
+        with pytest.raises(ValueError, match=r"train_mixing=True is not allowed without both model.lora and"):
+            check(with_model(config, **change))
 
 
 @pytest.mark.parametrize("targets", [ADAPTABLE, ("wk", "w_down")])
