@@ -46,13 +46,16 @@ EXTRAS = {
     "tokenizers": ["sentencepiece>=0.2.1", "tokenizers>=0.22.0"],
     # The tests compare a router with theirs; any torch will do, one without CUDA is smaller. Lower bounds are untested
     # here and below.
+    "pretrained": ["safetensors>=0.6.1", "gguf>=0.17.1"],  # Hugging Face's and llama.cpp's files
     "x-transformers": ["torch>=2.6.0", "x-transformers>=2.31.0"],
+    "hugging-face": ["torch>=2.6.0", "transformers>=4.57.0"],  # the tests compare pretrained models with theirs
     "tensorflow": [
         "tensorflow>=2.20.0",
         "importlib_resources>=6.0.0",
     ],  # for tfds builders that cannot prepare their data without it
 }
 EXTRAS["test"] = ["pytest>=8.4.0", "pytest-xdist>=3.8.0", *EXTRAS["tokenizers"], *EXTRAS["shakespeare"], *EXTRAS["gcs"]]
+EXTRAS["test"] += EXTRAS["pretrained"]
 EXTRAS["dev"] = [*EXTRAS["test"], "ruff>=0.17.6,<0.18", "mypy>=2.4.1,<2.5", "build>=1.3.0", "twine>=6.2.0"]
 
 setup(

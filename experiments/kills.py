@@ -220,7 +220,8 @@ def arrays(config: TrainConfig) -> tuple[dict[str, Any], dict[str, str]]:
     for path, leaf in jax.tree_util.tree_leaves_with_path({"params": found.params, "rest": found.rest}):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
-        sums[jax.tree_util.keystr(path, simple=True, separator=".")] = hashlib.sha256(np.asarray(leaf)).hexdigest()
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        sums[name] = hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()
     return found.data, sums
 
 

@@ -244,7 +244,8 @@ class _Run:
                 self.state, metrics = self.profiler.run(step, self.train_step, self.state, placed)
             if pending:
                 self._settle(*pending)
-            pending = (step, metrics, batch["tokens"].shape)
+            rows, length = batch["tokens"].shape
+            pending = (step, metrics, (rows, length))
             last, stopped = step == config.steps, self._stopped_by()
             log = last or _due(step, config.log_every)
             evaluate = _due(step, config.eval_every) or (last and config.eval_every)
@@ -257,7 +258,7 @@ class _Run:
             if log and self.log:
                 extra: dict[str, float] = {}
                 if hasattr(self.batches, "observe"):
-                    extra["length"] = batch["tokens"].shape[1]
+                    extra["length"] = length
                 self.log.write(step, "train", {**self.metrics, **extra, **self.throughput.rates})
             if evaluate:
                 self._evaluate(step)

@@ -198,7 +198,8 @@ def stack_layers(
     mixing = params.get("mixing", {}).get("layers", {})
     factors = params.get("lora", {}).get("layers", {})
     factors = lora.effective(config, factors, None if key is None else jax.random.fold_in(key, 3))
-    weights = dataclasses.replace(weights, mixing=mixer.effective(mixing), lora=factors)
+    local = None if config.local_window is None else jnp.asarray(config.is_local)
+    weights = dataclasses.replace(weights, mixing=mixer.effective(mixing), lora=factors, local=local)
     if not config.fam_length:
         return Layers(weights, None, None)
     stored = None if rsp is None else jax.lax.stop_gradient(rsp.fam).astype(dtype)

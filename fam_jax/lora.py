@@ -28,17 +28,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from fam_jax.config import DecoderConfig, LoraConfig
-
-# Letters of the inputs and of the outputs of every weight that can be adapted (e: feed-forward width).
-WEIGHTS = {
-    "wq": ("d", "hk"),
-    "wk": ("d", "gk"),
-    "wv": ("d", "gk"),
-    "wo": ("hk", "d"),
-    "w_gate": ("d", "e"),
-    "w_up": ("d", "e"),
-    "w_down": ("e", "d"),
-}
+from fam_jax.ops import WEIGHTS
 
 
 def sides(config: DecoderConfig, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -82,26 +72,6 @@ def effective(config: DecoderConfig, factors: Mapping[str, Array], key: Array | 
             a = jnp.where(kept[..., None], a / (1 - lora.dropout), 0)
         found |= {f"{name}_a": a.astype(config.dtype), f"{name}_b": factors[f"{name}_b"].astype(config.dtype)}
     return found
-
-
-def product(equation: str, x: Array, weight: Array, factors: Mapping[str, Array], name: str) -> Array:
-    """An adapted weight's product with its inputs: x W + (x A) B. A B, as large as W, is never there.
-
-    Args:
-        equation: Einsum of `x` and `weight`, in the letters of WEIGHTS.
-        x: Inputs.
-        weight: W.
-        factors: Those of the layer, as `effective` gives them; W alone is used if they are not of it.
-        name: Name of W.
-    """
-    y = jnp.einsum(equation, x, weight)
-    if f"{name}_a" not in factors:
-        return y
-    inputs, outputs = WEIGHTS[name]
-    rows, result = equation.split(",")[0], equation.split("->")[1]
-    lead = rows.removesuffix(inputs)
-    thin = jnp.einsum(f"{rows},{inputs}r->{lead}r", x, factors[f"{name}_a"])
-    return y + jnp.einsum(f"{lead}r,r{outputs}->{result}", thin, factors[f"{name}_b"])
 
 
 def merge(config: DecoderConfig, params: Mapping[str, Any]) -> tuple[DecoderConfig, dict[str, Any]]:

@@ -23,6 +23,8 @@ from jax import Array
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from fam_jax.ops import WEIGHTS
+
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
 # Logical axes of every parameter; those of layers have a layer axis before them. Norm scales and what mixes layers
@@ -43,12 +45,17 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "w_gate": ("embed", "mlp"),
     "w_up": ("embed", "mlp"),
     "w_down": ("mlp", "embed"),
+    "bq": ("heads", None),
+    "bk": ("kv_heads", None),
+    "bv": ("kv_heads", None),
+    "attn_post_norm": (None,),
+    "ff_post_norm": (None,),
+    "local": (),  # no parameter, but among them
 }
 # The two matrices that LoRA adds to a weight have its inputs and its outputs; their inner width is small.
-for _name in ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"):
-    _inputs = 2 if _name == "wo" else 1
-    PARAMETERS[f"{_name}_a"] = (*PARAMETERS[_name][:_inputs], None)
-    PARAMETERS[f"{_name}_b"] = (None, *PARAMETERS[_name][_inputs:])
+for _name, (_inputs, _) in WEIGHTS.items():
+    PARAMETERS[f"{_name}_a"] = (*PARAMETERS[_name][: len(_inputs)], None)
+    PARAMETERS[f"{_name}_b"] = (None, *PARAMETERS[_name][len(_inputs) :])
 
 
 @dataclasses.dataclass(frozen=True)

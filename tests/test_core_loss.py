@@ -11,9 +11,10 @@ from fam_jax import Decoder, presets
 from fam_jax.loss import VOCAB_BLOCK, TokenLosses, _blocks, token_losses
 
 
-def over_all(x, table, targets):
+def over_all(x, table, targets, softcap=None):
     """Losses of all logits at once."""
     logits = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+    logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     wanted = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return TokenLosses(log_z - wanted, log_z, jnp.argmax(logits, axis=-1) == targets)
@@ -28,20 +29,23 @@ def example(vocab, dtype):
 
 
 # One block, several, a last one that is not full, blocks of one.
+@pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize(("vocab", "block"), [(10, 100), (10, 10), (64, 16), (100, 7), (5, 1)])
-def test_values_and_gradients(vocab, block):
+def test_values_and_gradients(vocab, block, softcap):
     with jax.enable_x64(True):
         x, table, targets, d_nll, d_log_z = example(vocab, "float64")
 
         def pulled(losses):
             return jnp.sum(d_nll * losses.nll + d_log_z * losses.log_z**2)
 
-        got = token_losses(x, table, targets, block)
-        wanted = over_all(x, table, targets)
+        got = token_losses(x, table, targets, block, softcap=softcap)
+        wanted = over_all(x, table, targets, softcap)
         for a, b in zip(got, wanted, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
-        gradient = jax.grad(lambda x, t: pulled(token_losses(x, t, targets, block)), argnums=(0, 1))(x, table)
-        expected = jax.grad(lambda x, t: pulled(over_all(x, t, targets)), argnums=(0, 1))(x, table)
+        gradient = jax.grad(lambda x, t: pulled(token_losses(x, t, targets, block, softcap=softcap)), argnums=(0, 1))(
+            x, table
+        )
+        expected = jax.grad(lambda x, t: pulled(over_all(x, t, targets, softcap)), argnums=(0, 1))(x, table)
         for a, b in zip(gradient, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 

@@ -29,8 +29,8 @@ from experiments.optim import OptimConfig, make_optimizer
 from experiments.step import create_state, make_eval_step, make_train_step, means
 from experiments.train import train
 from fam_jax import Decoder, DecoderConfig, LoraConfig, MemoryConfig, presets
-from fam_jax.config import ADAPTABLE
-from fam_jax.lora import WEIGHTS, effective, merge, sides, unmerge
+from fam_jax.lora import effective, merge, sides, unmerge
+from fam_jax.ops import WEIGHTS
 from lime_jax import DenseFormerConfig, HyperConnectionsConfig, LimeConfig
 
 RANK = 3
@@ -40,6 +40,7 @@ MODELS = {
     "full attention": decoder_config(),
     "BSWA, parallel": decoder_config({}, parallel_block=True),
     "FAM": fam_config(),
+    "FAM, biases, norms after": fam_config(attention_bias=True, post_norms=True, activation="gelu"),
     "FAM, some targets": fam_config(lora=LoraConfig(rank=1, targets=("wo", "w_down", "wk"))),
     "FAM with LIMe": fam_config(mixing=LimeConfig()),
     "FAM with views of every head": fam_config(mixing=LimeConfig("dynamic_views")),
@@ -68,8 +69,8 @@ def test_parameters_are_declared_beside_all_others():
     variables, without = (quick_jit(Decoder(c).init)(jax.random.key(0), TEXT)["params"] for c in (config, base))
     added = variables.pop("lora")["layers"]
     assert_same_bits(variables, without)
-    assert set(added) == {f"{name}_{factor}" for name in ADAPTABLE for factor in "ab"}
-    for name in ADAPTABLE:
+    assert set(added) == {f"{name}_{factor}" for name in tuple(WEIGHTS) for factor in "ab"}
+    for name in tuple(WEIGHTS):
         inputs, outputs = sides(config, name)
         assert without["layers"][name].shape == (config.num_layers, *inputs, *outputs)
         assert added[f"{name}_a"].shape == (config.num_layers, *inputs, RANK)
@@ -180,7 +181,7 @@ def test_what_is_dropped():
     whole = effective(config, factors, None)
     np.testing.assert_allclose(whole["wq_a"], 2 * factors["wq_a"], rtol=1e-6)
     draws = jax.vmap(lambda key: effective(config, factors, key))(jax.random.split(jax.random.key(0), 4000))
-    for name in ADAPTABLE:
+    for name in tuple(WEIGHTS):
         np.testing.assert_array_equal(draws[f"{name}_b"][0], factors[f"{name}_b"])
         drawn, a = np.asarray(draws[f"{name}_a"]), np.asarray(whole[f"{name}_a"])
         kept = drawn != 0
@@ -316,7 +317,7 @@ def test_mixing_trains_with_lora_only(tmp_path):
             check(with_model(config, **change))
 
 
-@pytest.mark.parametrize("targets", [ADAPTABLE, ("wk", "w_down")])
+@pytest.mark.parametrize("targets", [tuple(WEIGHTS), ("wk", "w_down")])
 def test_operations(targets):
     """The formula is the count of the forward pass, and that of a step without gradients of the weights."""
     config = dataclasses.replace(presets.tiny(), lora=LoraConfig(rank=4, targets=targets))
