@@ -184,6 +184,7 @@ def finish(
 
 def cast(params: LayerParams, dtype: DTypeLike) -> LayerParams:
     """Matrices in the type of the activations; norm scales as they are, since norms compute in float32 anyway."""
-    wide = {"local", "attn_norm", "ff_norm", "q_norm", "k_norm", "attn_post_norm", "ff_post_norm", "mixing"}
-    found = {field.name: getattr(params, field.name) for field in dataclasses.fields(params) if field.name not in wide}
+    wide = {"attn_norm", "ff_norm", "q_norm", "k_norm", "attn_post_norm", "ff_post_norm"}
+    other = {*wide, "local", "mixing", "lora"}
+    found = {field.name: getattr(params, field.name) for field in dataclasses.fields(params) if field.name not in other}
     return dataclasses.replace(params, **{name: x.astype(dtype) for name, x in found.items() if x is not None})

@@ -24,6 +24,7 @@ from reference import (
 from train_helpers import assert_same_bits, metric_rows, restore, tiny, with_model
 
 from experiments import flops
+from experiments.checkpoint import load_model
 from experiments.config import check
 from experiments.optim import OptimConfig, make_optimizer
 from experiments.step import create_state, make_eval_step, make_train_step, means
@@ -307,6 +308,13 @@ def test_a_trained_model_is_given_fam_and_goes_on_bit_for_bit(tmp_path, capsys):
     assert one.step == other.step == 6
     assert_same_bits((one.params, one.rest), (other.params, other.rest))
     assert metric_rows(straight) == metric_rows(parts)
+    # Who reads the checkpoint has the merged model.
+    model, variables, run = load_model(straight.directory)
+    assert (model.config, run) == (dataclasses.replace(straight.model, lora=None), straight)
+    assert "lora" not in variables["params"]
+    text = some_tokens(1, 20)
+    want = Decoder(straight.model).apply({"params": done.state.params}, text).logits
+    assert_close(model.apply(variables, text).logits, want, 1e-5)
 
 
 def test_mixing_trains_with_lora_only(tmp_path):
