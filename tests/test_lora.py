@@ -238,14 +238,13 @@ def batches(config, count):
         yield {"tokens": ids[:, :-1], "targets": ids[:, 1:], "weights": np.ones((rows, length), np.float32)}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 @pytest.mark.parametrize(
-    ("model", "settings", "trained"),
+    ("optimizer", "model", "settings", "trained"),
     [
-        ({}, {}, {"lora", "fam_prompt"}),
-        ({"memory": MemoryConfig(block_size=8)}, {"accumulate": 2}, {"lora"}),
-        ({"mixing": LimeConfig()}, {}, {"lora", "fam_prompt"}),
-        ({"mixing": LimeConfig()}, {"train_mixing": True}, {"lora", "fam_prompt", "mixing"}),
+        ("adamw", {}, {}, {"lora", "fam_prompt"}),
+        ("adafactor", {"memory": MemoryConfig(block_size=8)}, {"accumulate": 2}, {"lora"}),
+        ("adamw", {"mixing": LimeConfig()}, {}, {"lora", "fam_prompt"}),
+        ("adafactor", {"mixing": LimeConfig()}, {"train_mixing": True}, {"lora", "fam_prompt", "mixing"}),
     ],
     ids=["FAM", "BSWA in parts", "FAM with LIMe", "FAM with LIMe that trains"],
 )
