@@ -51,6 +51,7 @@ from experiments.stored import compare_configs, find_checkpoint
 from experiments.typed import to_json
 from experiments.writing import Write, is_of_storage
 from fam_jax import Decoder, tree_shardings
+from fam_jax.lora import merge
 
 
 class Restored(NamedTuple):
@@ -353,7 +354,7 @@ class Checkpoints:
 def load_model(
     path: Path | str, step: int | None = None, mesh: Mesh | None = None
 ) -> tuple[Decoder, dict[str, Any], TrainConfig]:
-    """Reads a trained model: the decoder, its variables and the config of its run.
+    """Reads a trained model: the decoder, its variables and the config of its run. LoRA is merged into the weights.
 
     Path, step and errors are those of `find_checkpoint`. Over the mesh, parameters are spread as they are read, by the
     rules of the run; several processes, which must all call this, need one. None: all on one device.
@@ -366,4 +367,7 @@ def load_model(
         shapes = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), shapes, places)
     with waiting("all to read the checkpoint"):
         params = load(folder, "params", shapes, meta)
+    if config.model.lora is not None:
+        merged, params = merge(config.model, params)
+        model = Decoder(merged)
     return model, {"params": params}, config

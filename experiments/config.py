@@ -49,7 +49,8 @@ class TrainConfig:
         keep_every: Checkpoints of steps that are multiples of this are kept for good; 0 is none.
         keep_best: So many checkpoints of the lowest validation loss are kept, too. Each checkpoint needs an evaluation.
         init_from: A run, or one checkpoint of it, whose parameters this run begins with. Its model may have another
-            memory or mixing: FAM is added to a trained model so, or its length changed.
+            memory, mixing or lora: FAM is added to a trained model so, or its length changed.
+        train_mixing: With `model.lora`, train what mixes layers, too, beside LoRA and the FAM prompt.
         work_dir: Folder of checkpoints, metrics and the config, also in object storage (`gs://BUCKET/...`); None is
             `runs/NAME`.
         mesh: How the devices are used; what goes over which of its axes is `model.sharding`.
@@ -72,6 +73,7 @@ class TrainConfig:
     keep_every: int = 0
     keep_best: int = 0
     init_from: str | None = None
+    train_mixing: bool = False
     work_dir: str | None = None
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     profile: tuple[int, int] | None = None
@@ -160,6 +162,11 @@ def check(config: TrainConfig) -> None:
             )
     else:
         vocabulary, what, shortest = data.vocab_size, f"the {data.task().tokenizer.name} task", data.length
+    if config.train_mixing and (config.model.lora is None or config.model.mixing is None):
+        raise ValueError(
+            "train_mixing=True is not allowed without both model.lora and model.mixing; set it to False: without LoRA "
+            "all parameters train"
+        )
     if config.model.vocab_size < vocabulary:
         raise ValueError(
             f"model.vocab_size={config.model.vocab_size} is too small for {what}, which has {vocabulary} "

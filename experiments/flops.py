@@ -15,6 +15,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from fam_jax import DecoderConfig
+from fam_jax.lora import sides
 from lime_jax import LimeConfig
 from lime_jax.config import source_mask
 
@@ -131,7 +132,8 @@ def forward_flops(config: DecoderConfig, batch: int, length: int, *, useful: boo
     """Operations of one call of the decoder without a state, logits included: the closed formula.
 
     Per layer, with P = 2dHk + 2dGk + 3de weights, a row of tokens, FAM or prompt costs 2P, and a pair of query and key
-    4Hk. The FAM has N rows in each block, which see N + B keys, and the prompt N rows a call.
+    4Hk. The FAM has N rows in each block, which see N + B keys, and the prompt N rows a call. LoRA of rank r adds r
+    weights for every input and output of those that it changes.
 
     Args:
         config: The decoder's; its mixing is None or a LimeConfig of any router but dynamic_views.
@@ -147,18 +149,39 @@ def forward_flops(config: DecoderConfig, batch: int, length: int, *, useful: boo
     """
     c, memory, fam = config, config.memory, config.fam_length
     block = memory.block_size if memory else length
+    tokens, updates = _rows(config, batch, length, useful)
     if useful:
-        tokens, updates = batch * length, batch * (length // block)
         token_pairs = batch * _visible(config, length, read) + tokens * fam
     else:
-        blocks = -(-length // block)
-        tokens, updates = batch * blocks * min(length, block), batch * blocks
         token_pairs = tokens * (block * (1 + c.segments) + fam)
     rows = tokens + updates * fam + fam
     pairs = token_pairs + updates * fam * (fam + block) + fam * fam
-    weights = 2 * c.d_model * c.head_dim * (c.num_heads + c.num_kv_heads) + 3 * c.d_model * c.d_ff
+    weights = _weights(config) + _lora_weights(config)
     layers = c.num_layers * (2 * weights * rows + 4 * c.num_heads * c.head_dim * pairs)
     return layers + rows * _mixing(config, useful) + 2 * c.d_model * c.vocab_size * batch * length
+
+
+def _rows(config: DecoderConfig, batch: int, length: int, useful: bool) -> tuple[int, int]:
+    """Tokens and updates of the FAM of a call."""
+    block = config.memory.block_size if config.memory else length
+    if useful:
+        return batch * length, batch * (length // block)
+    blocks = -(-length // block)
+    return batch * blocks * min(length, block), batch * blocks
+
+
+def _weights(config: DecoderConfig) -> int:
+    """Weights of a layer in products: P."""
+    c = config
+    return 2 * c.d_model * c.head_dim * (c.num_heads + c.num_kv_heads) + 3 * c.d_model * c.d_ff
+
+
+def _lora_weights(config: DecoderConfig) -> int:
+    """Those that LoRA adds to a layer."""
+    if config.lora is None:
+        return 0
+    shapes = [sides(config, name) for name in config.lora.targets]
+    return config.lora.rank * sum(math.prod(inputs) + math.prod(outputs) for inputs, outputs in shapes)
 
 
 def idle_share(config: DecoderConfig, length: int, devices: int) -> float:
@@ -178,15 +201,27 @@ def idle_share(config: DecoderConfig, length: int, devices: int) -> float:
     assert config.memory is not None
     whole = forward_flops(config, 1, length)
     c, rows = config, config.fam_length * -(-length // config.memory.block_size)
-    weights = 2 * c.d_model * c.head_dim * (c.num_heads + c.num_kv_heads) + 3 * c.d_model * c.d_ff
+    weights = _weights(config) + _lora_weights(config)
     pairs = rows * (c.fam_length + config.memory.block_size)
     fam = c.num_layers * (2 * weights * rows + 4 * c.num_heads * c.head_dim * pairs)
     return 1 - whole / (whole + (devices - 1) * fam)
 
 
 def train_flops(config: DecoderConfig, batch: int, length: int, *, useful: bool = False, read: int = 0) -> int:
-    """Three times `forward_flops`: for each product, its gradient takes two more. Nothing is computed again."""
-    return 3 * forward_flops(config, batch, length, useful=useful, read=read)
+    """Three times `forward_flops`: for each product, its gradient takes two more. Nothing is computed again.
+
+    With LoRA the weights themselves, embedding included, have no gradient, which saves one of the three of theirs.
+    """
+    total = 3 * forward_flops(config, batch, length, useful=useful, read=read)
+    if config.lora is None:
+        return total
+    tokens, updates = _rows(config, batch, length, useful)
+    rows = tokens + (updates + 1) * config.fam_length
+    return (
+        total
+        - 2 * config.num_layers * _weights(config) * rows
+        - 2 * config.d_model * config.vocab_size * batch * length
+    )
 
 
 @functools.cache

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from experiments.typed import check_types
+from fam_jax.ops import WEIGHTS
 from lime_jax.routers import ROUTER_WEIGHTS
 
 # Every parameter of the decoder is named in exactly one of these two, so that a new one cannot be forgotten.
-DECAYED = frozenset({"wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"})
+DECAYED = frozenset(WEIGHTS) | {f"{weight}_{factor}" for weight in WEIGHTS for factor in "ab"}
 UNDECAYED = frozenset({"embed", "unembed", "fam_prompt", "attn_norm", "ff_norm", "final_norm", "q_norm", "k_norm"})
 UNDECAYED |= {"bq", "bk", "bv", "attn_post_norm", "ff_post_norm"}
 # Parameters of layer mixers, which never decay.

@@ -43,6 +43,15 @@ class TrainState:
     rsp: RSPState | None
 
 
+def split(config: TrainConfig, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parameters that are trained, and those that are not; the second are none without LoRA."""
+    if config.model.lora is None:
+        return dict(params), {}
+    names = {"lora", "fam_prompt"} | ({"mixing"} if config.train_mixing else set())
+    trained = {name: part for name, part in params.items() if name in names}
+    return trained, {name: part for name, part in params.items() if name not in names}
+
+
 def create_state(config: TrainConfig, model: Decoder, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step, a function of the config alone. Works under `jax.jit`."""
     init_key, key = jax.random.split(jax.random.key(config.seed))
@@ -52,7 +61,7 @@ def create_state(config: TrainConfig, model: Decoder, optimizer: optax.GradientT
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizer.init(params),
+        opt_state=optimizer.init(split(config, params)[0]),
         key=key,
         stream=model.init_state(config.data.batch_size) if config.stream else None,
         rsp=RSPState.zeros(config.model) if memory and memory.rsp else None,
@@ -187,7 +196,8 @@ def make_train_step(
         the step is left out: parameters and moments stay, and the rows of a stream begin documents.
     """
 
-    def loss_fn(params: Any, state: TrainState, batch: Mapping[str, Array], weight: Array, key: Array) -> Any:
+    def loss_fn(trained: Any, state: TrainState, batch: Mapping[str, Array], weight: Array, key: Array) -> Any:
+        params = {**state.params, **trained}  # those that are not trained are constants, which have no gradient
         out = _apply(model, params, batch, state.stream, key=key, rsp=state.rsp)
         sums = token_sums(out.losses, batch["weights"])
         # Over the weight of the whole batch, so that parts of it add up.
@@ -198,8 +208,11 @@ def make_train_step(
         )
 
     def gradient(state: TrainState, batch: Mapping[str, Array], weight: Array, key: Array) -> Any:
-        grads, aux = jax.grad(loss_fn, has_aux=True)(state.params, state, batch, weight, key)
-        return grads if places is None else jax.lax.with_sharding_constraint(grads, places.params), aux
+        trained, _ = split(config, state.params)
+        grads, aux = jax.grad(loss_fn, has_aux=True)(trained, state, batch, weight, key)
+        if places is not None:
+            grads = jax.lax.with_sharding_constraint(grads, split(config, places.params)[0])
+        return grads, aux
 
     def in_parts(state: TrainState, batch: Mapping[str, Array], weight: Array, key: Array) -> Any:
         """The same as `gradient`, of one part of the batch after another."""
@@ -224,7 +237,8 @@ def make_train_step(
             lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), (found, sums)
         )
         ((grads, sums), stream), rsp = jax.lax.scan(step, (nothing, stream), jnp.arange(count))
-        grads = jax.tree.map(lambda total, param: total.astype(param.dtype), grads, state.params)
+        trained, _ = split(config, state.params)
+        grads = jax.tree.map(lambda total, param: total.astype(param.dtype), grads, trained)
         stream = jax.tree.map(lambda leaf, old: leaf.reshape(old.shape), stream, state.stream)
         return grads, (sums, stream, jax.tree.map(lambda leaf: leaf[0], rsp))  # row 0 is in the first part
 
@@ -240,11 +254,12 @@ def make_train_step(
         z2 = metrics.pop("z2")
         if config.z_loss:
             metrics["z_loss"] = config.z_loss * z2
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        trained, frozen = split(config, state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         metrics |= {f"grad_norm/{name}": optax.tree.norm(group) for name, group in grads.items()}
         metrics["grad_norm"] = optax.tree.norm(grads)
-        params = optax.apply_updates(state.params, updates)
-        metrics["param_norm"] = optax.tree.norm(params)
+        updated = optax.apply_updates(trained, updates)
+        metrics["param_norm"] = optax.tree.norm({**frozen, **updated})
         metrics["learning_rate"] = schedule(state.step)
         good = jnp.all(jnp.isfinite(jnp.stack([metrics[name] for name in CHECKED if name in metrics])))
         metrics["skipped"] = ~good
@@ -257,7 +272,7 @@ def make_train_step(
 
         new_state = TrainState(
             step=state.step + 1,
-            params=jax.tree.map(keep, params, state.params),
+            params={**frozen, **jax.tree.map(keep, updated, trained)},
             opt_state=jax.tree.map(keep, opt_state, state.opt_state),
             key=state.key,
             stream=stream,

@@ -1,6 +1,7 @@
-"""A new run that begins with the parameters of another: FAM added to a trained BSWA model, another FAM length, LIMe.
+"""A new run that begins with the parameters of another: FAM added to a trained BSWA model, another FAM length, LIMe,
+LoRA.
 
-What only memory along time or mixing along depth brings may differ between the two models; the rest may not.
+What only memory along time, mixing along depth or LoRA brings may differ between the two models; the rest may not.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from experiments.stored import find_checkpoint
 from experiments.typed import differences, to_json
 
 # Fields of the model that the parameters they share do not depend on.
-_FREE = re.compile(r"(memory|mixing|sharding)(\..*)?|schedule|remat|scan_layers|dtype")
+_FREE = re.compile(r"(memory|mixing|lora|sharding)(\..*)?|schedule|remat|scan_layers|dtype")
 
 
 def take_parameters(path: str, config: TrainConfig, params: Any, say: Callable[[str], None]) -> Any:
@@ -42,8 +43,8 @@ def take_parameters(path: str, config: TrainConfig, params: Any, say: Callable[[
     for field, before, now in differences(to_json(theirs.model), to_json(config.model)):
         if not _FREE.fullmatch(field):
             raise CheckpointError(
-                f"{folder} cannot be begun with: model.{field} is {before!r} there and {now!r} here; only memory and "
-                "mixing may differ"
+                f"{folder} cannot be begun with: model.{field} is {before!r} there and {now!r} here; only memory, "
+                "mixing and lora may differ"
             )
     stored = meta["arrays"]["params"]
     wanted = named(params)

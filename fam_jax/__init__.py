@@ -1,7 +1,7 @@
 """TransformerFAM: a decoder with feedback attention memory that reads endless text at constant memory."""
 
 from fam_jax import presets
-from fam_jax.config import DecoderConfig, MemoryConfig
+from fam_jax.config import DecoderConfig, LoraConfig, MemoryConfig
 from fam_jax.decoder import Decoder, DecoderOutput
 from fam_jax.generate import GenerateOutput, generate
 from fam_jax.sharding import MeshConfig, ShardingRules, make_mesh, tree_shardings
@@ -14,6 +14,7 @@ __all__ = [
     "DecoderConfig",
     "DecoderOutput",
     "GenerateOutput",
+    "LoraConfig",
     "MemoryConfig",
     "MeshConfig",
     "RSPState",

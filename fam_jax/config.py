@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fam_jax.ops import ACTIVATIONS
+from fam_jax.ops import ACTIVATIONS, WEIGHTS
 from fam_jax.remat import POLICIES
 from fam_jax.rope import RopeScaling
 from fam_jax.sharding import FSDP_TP, ShardingRules
@@ -143,6 +143,43 @@ class MemoryConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adaptation of a trained model (TransformerFAM, section 3.1); see `fam_jax.lora`.
+
+    Attributes:
+        rank: Inner width of the two matrices that are added to a weight; 64 in the paper.
+        alpha: Their product is added times alpha / rank; None is `rank`, so that it is added as it is.
+        targets: Weights to which they are added; the paper names attention and feed-forward.
+        dropout: Training only: share of the inputs of the first matrix that a step leaves out.
+    """
+
+    rank: int
+    alpha: float | None = None
+    targets: tuple[str, ...] = tuple(WEIGHTS)
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        name = "LoraConfig"
+        check_int(name, "rank", self.rank, 1)
+        if self.alpha is not None:
+            check_real(name, "alpha", self.alpha, 1e-6)
+        good = isinstance(self.targets, tuple) and self.targets and set(self.targets) <= set(WEIGHTS)
+        if not good or len(set(self.targets)) < len(self.targets):
+            raise ValueError(
+                f"LoraConfig.targets={self.targets!r} is not allowed; it must be a tuple of some of "
+                f"{', '.join(map(repr, WEIGHTS))}, each once"
+            )
+        check_real(name, "dropout", self.dropout, 0.0)
+        if self.dropout >= 1:
+            raise ValueError(f"LoraConfig.dropout={self.dropout!r} is not allowed; it must be below 1")
+
+    @property
+    def scale(self) -> float:
+        """What the product is added times."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Shape and arithmetic of the PaLM-style decoder (TransformerFAM, table 3 and section 2).
 
@@ -156,6 +193,7 @@ class DecoderConfig:
         d_ff: Hidden width of the gated feed-forward.
         memory: Memory along time; None is full causal attention.
         mixing: Mixing along depth, a config of `lime_jax`; None is none.
+        lora: Low-rank changes to the weights of layers, which are trained in place of all else; None is none.
         schedule: "layer" runs all blocks of a layer at once and only the FAM in sequence; "block" runs all
             layers of a block before the next. They compute the same function.
         parallel_block: Attention and feed-forward read one norm and are added together, as in PaLM.
@@ -193,6 +231,7 @@ class DecoderConfig:
     d_ff: int
     memory: MemoryConfig | None = None
     mixing: MixingConfig | None = None
+    lora: LoraConfig | None = None
     schedule: str = "layer"
     parallel_block: bool = False
     activation: str = "silu"
@@ -227,6 +266,8 @@ class DecoderConfig:
             raise ValueError(f"DecoderConfig.head_dim={self.head_dim} is odd; rotary positions need an even width")
         if self.memory is not None and not isinstance(self.memory, MemoryConfig):
             raise ValueError(f"DecoderConfig.memory={self.memory!r} is not allowed; give a MemoryConfig or None")
+        if self.lora is not None and not isinstance(self.lora, LoraConfig):
+            raise ValueError(f"DecoderConfig.lora={self.lora!r} is not allowed; give a LoraConfig or None")
         check_choice(name, "activation", self.activation, tuple(ACTIVATIONS))
         check_choice(name, "schedule", self.schedule, ("layer", "block"))
         check_choice(name, "remat", self.remat, tuple(POLICIES))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from fam_jax import lora
 from fam_jax import state as state_lib
 from fam_jax.call import check_call, check_targets
 from fam_jax.config import DecoderConfig
@@ -94,8 +95,8 @@ class Decoder(nn.Module):
                 tokens a reset drops: bool [b, ceil(t / block)]. None: nowhere.
             padded: The block ends in padding that `lengths` does not tell of, because a document ended there:
                 bool [b, ceil(t / block)]. Random State Passing does not store it.
-            key: A random key turns on the randomness of training: FAM noise, Random State Passing and Random
-                Position Offset. None: evaluation.
+            key: A random key turns on the randomness of training: FAM noise, Random State Passing, Random
+                Position Offset and LoRA's dropout. None: evaluation.
             rsp: The stored state of Random State Passing.
             aligned: The caller promises that no row has tokens in its open block, which saves the work of the
                 block that ragged offsets may need more. True anyway without a state.
@@ -171,6 +172,8 @@ class Decoder(nn.Module):
         mixer = make_mixer(c.mixing, shape_of(c))
         if jax.eval_shape(lambda: mixer.init(jax.random.key(0), dtype)):
             params["mixing"] = self.param("mixing", mixer.init, dtype)
+        if c.lora is not None:  # the last, so that all others begin as they do without
+            params["lora"] = self.param("lora", partial(lora.init, c), dtype)
         return params
 
 
@@ -187,14 +190,16 @@ def stack_layers(
         config: The decoder's.
         mixer: The layer mixer.
         params: The decoder's, its layers as `LayerParams`.
-        key: For FAM noise; None for none.
+        key: For FAM noise and LoRA's dropout; None for none.
         rsp: The stored state of Random State Passing.
     """
     dtype = jnp.dtype(config.dtype)
     weights = cast(params["layers"], dtype)
     mixing = params.get("mixing", {}).get("layers", {})
+    factors = params.get("lora", {}).get("layers", {})
+    factors = lora.effective(config, factors, None if key is None else jax.random.fold_in(key, 3))
     local = None if config.local_window is None else jnp.asarray(config.is_local)
-    weights = dataclasses.replace(weights, mixing=mixer.effective(mixing), local=local)
+    weights = dataclasses.replace(weights, mixing=mixer.effective(mixing), lora=factors, local=local)
     if not config.fam_length:
         return Layers(weights, None, None)
     stored = None if rsp is None else jax.lax.stop_gradient(rsp.fam).astype(dtype)

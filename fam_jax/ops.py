@@ -5,7 +5,7 @@ f FAM row, h query head, g key/value head, r query heads per key/value head, k h
 e feed-forward width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -13,6 +13,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
+
+# Letters of the inputs and of the outputs of every weight that can be adapted (e: feed-forward width).
+WEIGHTS = {
+    "wq": ("d", "hk"),
+    "wk": ("d", "gk"),
+    "wv": ("d", "gk"),
+    "wo": ("hk", "d"),
+    "w_gate": ("d", "e"),
+    "w_up": ("d", "e"),
+    "w_down": ("e", "d"),
+}
 
 
 def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -129,12 +140,38 @@ def attend_by_block(q: Array, sources: list[Source], softcap: float | None = Non
     return jnp.moveaxis(attended, 0, 1)
 
 
+def product(equation: str, x: Array, weight: Array, factors: Mapping[str, Array], name: str) -> Array:
+    """An adapted weight's product with its inputs: x W + (x A) B. A B, as large as W, is never there.
+
+    Args:
+        equation: Einsum of `x` and `weight`, in the letters of WEIGHTS.
+        x: Inputs.
+        weight: W.
+        factors: Those of the layer, as `fam_jax.lora.effective` gives them; W alone is used if they are not of it.
+        name: Name of W.
+    """
+    y = jnp.einsum(equation, x, weight)
+    if f"{name}_a" not in factors:
+        return y
+    inputs, outputs = WEIGHTS[name]
+    rows, result = equation.split(",")[0], equation.split("->")[1]
+    lead = rows.removesuffix(inputs)
+    thin = jnp.einsum(f"{rows},{inputs}r->{lead}r", x, factors[f"{name}_a"])
+    return y + jnp.einsum(f"{lead}r,r{outputs}->{result}", thin, factors[f"{name}_b"])
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"silu": jax.nn.silu, "gelu": partial(jax.nn.gelu, approximate=True)}
 
 
-def feed_forward(w_gate: Array, w_up: Array, w_down: Array, x: Array, activation: str = "silu") -> Array:
-    """Gated feed-forward: (activation(x w_gate) * x w_up) w_down, x of any shape [..., d]."""
+def feed_forward(
+    w_gate: Array, w_up: Array, w_down: Array, x: Array, lora: Mapping[str, Array], activation: str = "silu"
+) -> Array:
+    """Gated feed-forward: (activation(x w_gate) * x w_up) w_down, x of any shape [..., d].
+
+    What `lora` has for the three weights is added to them, see `product`.
+    """
     # One row axis: XLA's CPU backend is nearly twice as fast at the gradient of such products.
     rows = x.reshape(-1, x.shape[-1])
-    hidden = ACTIVATIONS[activation](rows @ w_gate) * (rows @ w_up)
-    return (hidden @ w_down).reshape(x.shape)
+    gate = product("nd,de->ne", rows, w_gate, lora, "w_gate")
+    hidden = ACTIVATIONS[activation](gate) * product("nd,de->ne", rows, w_up, lora, "w_up")
+    return product("ne,ed->nd", hidden, w_down, lora, "w_down").reshape(x.shape)

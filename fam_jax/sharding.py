@@ -23,6 +23,8 @@ from jax import Array
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from fam_jax.ops import WEIGHTS
+
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
 # Logical axes of every parameter; those of layers have a layer axis before them. Norm scales and what mixes layers
@@ -50,6 +52,10 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "ff_post_norm": (None,),
     "local": (),  # no parameter, but among them
 }
+# The two matrices that LoRA adds to a weight have its inputs and its outputs; their inner width is small.
+for _name, (_inputs, _) in WEIGHTS.items():
+    PARAMETERS[f"{_name}_a"] = (*PARAMETERS[_name][: len(_inputs)], None)
+    PARAMETERS[f"{_name}_b"] = (None, *PARAMETERS[_name][len(_inputs) :])
 
 
 @dataclasses.dataclass(frozen=True)

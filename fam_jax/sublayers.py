@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from fam_jax.config import DecoderConfig
-from fam_jax.ops import feed_forward, rms_norm
+from fam_jax.ops import feed_forward, product, rms_norm
 from fam_jax.remat import ATTENDED, PROJECTED
 from lime_jax import Depth, Mixer
 from lime_jax.mixer import Add, Params
@@ -41,6 +41,7 @@ class LayerParams:
         attn_post_norm: [d]; None without `post_norms`, and so is the next.
         ff_post_norm: [d].
         mixing: What the layer mixer has of its own, as its `effective` gives it.
+        lora: Low-rank changes to the weights, as `fam_jax.lora.effective` gives them; empty without.
     """
 
     local: Array | None
@@ -61,6 +62,7 @@ class LayerParams:
     attn_post_norm: Array | None
     ff_post_norm: Array | None
     mixing: Params
+    lora: dict[str, Array]
 
 
 class LayerStack(nn.Module):
@@ -103,6 +105,7 @@ class LayerStack(nn.Module):
             attn_post_norm=declare("attn_post_norm", ones, c.d_model) if c.post_norms else None,
             ff_post_norm=declare("ff_post_norm", ones, c.d_model) if c.post_norms else None,
             mixing={},
+            lora={},
         )
 
 
@@ -124,9 +127,9 @@ def project(
     norm = partial(rms_norm, scale=params.attn_norm, eps=config.norm_eps)
     for_q, for_k, for_v, depth = mixer.attention_inputs(params.mixing, x, norm, depth)
     heads = "g" if for_k.ndim > for_q.ndim else ""  # each head may have an input of its own
-    q = jnp.einsum("...d,dhk->...hk", for_q, params.wq)
-    k = jnp.einsum(f"...{heads}d,dgk->...gk", for_k, params.wk)
-    v = jnp.einsum(f"...{heads}d,dgk->...gk", for_v, params.wv)
+    q = product("...d,dhk->...hk", for_q, params.wq, params.lora, "wq")
+    k = product(f"...{heads}d,dgk->...gk", for_k, params.wk, params.lora, "wk")
+    v = product(f"...{heads}d,dgk->...gk", for_v, params.wv, params.lora, "wv")
     if params.bq is not None and params.bk is not None and params.bv is not None:
         q, k, v = q + params.bq, k + params.bk, v + params.bv
     k, v, depth = mixer.keys_values(params.mixing, for_q, q, k, v, depth)
@@ -161,7 +164,7 @@ def finish(
     Returns:
         What goes to the next layer, and the depth with what this layer lets later ones read.
     """
-    y = jnp.einsum("...hk,hkd->...d", checkpoint_name(attended, ATTENDED), params.wo)
+    y = product("...hk,hkd->...d", checkpoint_name(attended, ATTENDED), params.wo, params.lora, "wo")
     if params.attn_post_norm is not None:
         y = rms_norm(y, params.attn_post_norm, config.norm_eps)
     if params.ff_norm is None:
@@ -172,7 +175,7 @@ def finish(
         x, add = mixer.enter(params.mixing, carry, depth, 1)
     norm = partial(rms_norm, scale=scale, eps=config.norm_eps)
     ff_in, depth = mixer.ff_input(params.mixing, x if ff_source is None else ff_source, norm, depth)
-    ff_out = feed_forward(params.w_gate, params.w_up, params.w_down, ff_in, config.activation)
+    ff_out = feed_forward(params.w_gate, params.w_up, params.w_down, ff_in, params.lora, config.activation)
     if params.ff_post_norm is not None:
         ff_out = rms_norm(ff_out, params.ff_post_norm, config.norm_eps)
     carry, depth = add(y + ff_out if params.ff_norm is None else ff_out, depth)
@@ -181,6 +184,7 @@ def finish(
 
 def cast(params: LayerParams, dtype: DTypeLike) -> LayerParams:
     """Matrices in the type of the activations; norm scales as they are, since norms compute in float32 anyway."""
-    wide = {"local", "attn_norm", "ff_norm", "q_norm", "k_norm", "attn_post_norm", "ff_post_norm", "mixing"}
-    found = {field.name: getattr(params, field.name) for field in dataclasses.fields(params) if field.name not in wide}
+    wide = {"attn_norm", "ff_norm", "q_norm", "k_norm", "attn_post_norm", "ff_post_norm"}
+    other = {*wide, "local", "mixing", "lora"}
+    found = {field.name: getattr(params, field.name) for field in dataclasses.fields(params) if field.name not in other}
     return dataclasses.replace(params, **{name: x.astype(dtype) for name, x in found.items() if x is not None})

@@ -15,7 +15,17 @@ import pytest
 from experiments.config import TrainConfig
 from experiments.data import TextData
 from experiments.step import create_state, make_train_step, shard, shard_batch
-from fam_jax import Decoder, DecoderConfig, MemoryConfig, MeshConfig, RSPState, embedding, make_mesh, tree_shardings
+from fam_jax import (
+    Decoder,
+    DecoderConfig,
+    LoraConfig,
+    MemoryConfig,
+    MeshConfig,
+    RSPState,
+    embedding,
+    make_mesh,
+    tree_shardings,
+)
 from fam_jax.sharding import PRESETS
 from lime_jax import HyperConnectionsConfig, LimeConfig
 
@@ -46,6 +56,9 @@ MODELS = {
     "LIMe": dataclasses.replace(PLAIN, mixing=LimeConfig()),
     "FAM with LIMe": dataclasses.replace(PLAIN, memory=MEMORY, mixing=LimeConfig(), remat="full"),
     "FAM, one key head, block schedule": dataclasses.replace(PLAIN, memory=MEMORY, num_kv_heads=1, schedule="block"),
+    "FAM with LoRA": dataclasses.replace(
+        PLAIN, memory=MEMORY, mixing=LimeConfig("dynamic_views"), lora=LoraConfig(rank=4, alpha=8, dropout=0.2)
+    ),
     "FAM with streams": dataclasses.replace(PLAIN, memory=MEMORY, mixing=HyperConnectionsConfig()),
 }
 MESHES = {
@@ -131,6 +144,7 @@ def assert_close(got, wanted):
 
 
 FAST = {
+    ("FAM with LoRA", "fsdp_tp"),
     ("FAM with LIMe", "dp"),
     ("FAM with LIMe", "fsdp"),
     ("FAM with LIMe", "fsdp_tp x sequence"),
@@ -145,6 +159,7 @@ OTHERS = {
     "FAM, many segments": ["fsdp_tp", "sequence"],
     "FAM, one key head": ["tensor 4", "fsdp_tp x sequence"],
     "FAM, one key head, block schedule": ["fsdp_tp", "tensor 4"],
+    "FAM with LoRA": ["fsdp_tp", "fsdp_tp x sequence"],
     "FAM with streams": ["fsdp_tp", "fsdp_tp x sequence"],
 }
 

@@ -25,8 +25,13 @@ from fam_jax import Decoder, MemoryConfig
 
 
 @pytest.mark.parametrize("name", configs.summaries())
-def test_named_configs(name, tmp_path):
+def test_named_configs(name, tmp_path, monkeypatch):
     config = configs.get(name)
+    if getattr(config.data, "tokenizer", "bytes") != "bytes":  # beside a model that must be there first
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ValueError, match=r"tokenizer='runs/.*there is no such file"):
+            check(config)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer="bytes"))
     check(config)
     assert config.name == name
     assert configs.summaries()[name].endswith(".")

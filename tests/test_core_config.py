@@ -54,6 +54,7 @@ BAD_DECODER = [
     ("head_dim", 5),  # rotary turns pairs
     ("memory", "fam"),
     ("mixing", "lime"),
+    ("lora", 64),
     ("qk_norm", 1),
     ("activation", "relu"),
     ("attention_bias", "q"),

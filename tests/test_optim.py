@@ -10,7 +10,7 @@ import pytest
 from train_helpers import MODEL
 
 from experiments.optim import DECAYED, UNDECAYED, OptimConfig, decay_mask, make_optimizer, make_schedule
-from fam_jax import Decoder
+from fam_jax import Decoder, LoraConfig
 
 
 def rates(config, steps=20):
@@ -62,7 +62,7 @@ def parameters(**changes):
 
 def test_every_parameter_is_decayed_or_not():
     names = set()
-    more = {"attention_bias": True, "post_norms": True}
+    more = {"attention_bias": True, "post_norms": True, "lora": LoraConfig(2)}
     for changes in ({}, {"tie_embeddings": False}, {"parallel_block": True}, {"qk_norm": True}, more):
         leaves = jax.tree_util.tree_leaves_with_path(decay_mask(parameters(**changes)))
         names |= {path[-1].key for path, _ in leaves}

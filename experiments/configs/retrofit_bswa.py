@@ -1,0 +1,18 @@
+"""The window-only twin of retrofit_fam: the same LoRA, data and steps, and no FAM.
+
+python -m experiments.train --config retrofit_bswa --init-from runs/smollm2-135m \
+    --data.tokenizer runs/smollm2-135m/tokenizer.json
+"""
+
+import dataclasses
+
+from experiments.config import TrainConfig
+from experiments.configs import retrofit_fam
+
+
+def config() -> TrainConfig:
+    """`retrofit_fam` with a FAM of no rows."""
+    base = retrofit_fam.config()
+    assert base.model.memory is not None
+    memory = dataclasses.replace(base.model.memory, fam_length=0, rsp=0.0)
+    return dataclasses.replace(base, name="retrofit_bswa", model=dataclasses.replace(base.model, memory=memory))
