@@ -160,7 +160,7 @@ def write(
     Returns:
         The rows with their new tokens: those that are unread have got one.
     """
-    out = model.apply(variables, writing.token[:, None], writing.state, lengths=writing.unread.astype(jnp.int32))
+    out: Any = model.apply(variables, writing.token[:, None], writing.state, lengths=writing.unread.astype(jnp.int32))
     step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, writing.number)
     token = choose(choice, out.logits[:, 0], writing.seen, heat, step_keys)
     return Writing(

@@ -1,7 +1,6 @@
 """How the next token is chosen from the logits: greedy or sampled, with the usual filters."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -57,7 +56,7 @@ def check_choice(
     return Choice(heat == 0, top_k, nucleus, least, penalty), heat
 
 
-def choose(choice: Choice, logits: Array, seen: Array | None, temperature: Array, keys: Sequence | Array) -> Array:
+def choose(choice: Choice, logits: Array, seen: Array | None, temperature: Array, keys: Array) -> Array:
     """The next token of each row: int32 [b].
 
     Args:
