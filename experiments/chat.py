@@ -25,7 +25,7 @@ class TokenizerSettings:
         path: The file, for messages.
         ends: Ids that end an answer: `eos_token`, and the tokenizer's separator.
         bos: Id that begins a text; None for none, as without `add_bos_token`.
-        template: `chat_template`; None if there is none.
+        template: `chat_template`, or the content of `chat_template.jinja`; None if there is none.
         tokens: Texts of special tokens by their names, such as `bos_token`, which templates use.
     """
 
@@ -40,7 +40,7 @@ def read_settings(tokenizer: Any, folder: Path) -> TokenizerSettings:
     """The settings of a tokenizer.
 
     Args:
-        tokenizer: Any; only those of a `tokenizer.json` have such settings.
+        tokenizer: Any; those of tasks have no such settings.
         folder: Where its file is.
 
     Raises:
@@ -58,7 +58,11 @@ def read_settings(tokenizer: Any, folder: Path) -> TokenizerSettings:
         if not isinstance(content, dict):
             raise ValueError("it holds no object")
         tokens = {name: _token(value) for name, value in content.items() if name.endswith("_token")}
-        template = _template(content.get("chat_template"))
+        beside = path.with_name("chat_template.jinja")  # where newer versions of Hugging Face's library put it
+        with as_os_errors(path):
+            given = beside.read_text(encoding="utf-8") if beside.exists() else content.get("chat_template")
+        # Templates write special tokens as text, which only a tokenizer.json makes tokens again.
+        template = _template(given) if hasattr(tokenizer, "encode_literally") else None
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path}: not the settings of a tokenizer ({error}); copy the file again") from None
     known = {name: token for name, token in tokens.items() if token is not None}
@@ -135,8 +139,8 @@ class Chat:
         """
         if settings.template is None:
             raise DataError(
-                f"--chat needs a chat_template in {settings.path}, and there is none: the model was not trained to "
-                "chat; leave --chat out, or copy the file from the model's source"
+                f"--chat needs a tokenizer.json, and a chat_template in {settings.path}, and there is none; leave "
+                "--chat out, or copy the files from the model's source"
             )
         try:
             import jinja2

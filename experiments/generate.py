@@ -219,7 +219,7 @@ def run(
 def tokenizer_of(config: TrainConfig, checkpoint: Path | str) -> tuple[Codec, Path]:
     """The tokenizer of a run's data and the folder that its settings are in.
 
-    A `tokenizer.json` in the run's folder goes with the run wherever that is moved.
+    One in the run's folder, as pretrained models have it, goes with the run wherever that is moved.
     """
     folder = run_folder(checkpoint)
     if isinstance(config.data, QuestionData):
@@ -227,9 +227,9 @@ def tokenizer_of(config: TrainConfig, checkpoint: Path | str) -> tuple[Codec, Pa
     if isinstance(config.data, PasskeyData):
         return PasskeyTokenizer(), folder
     assert isinstance(config.data, TextData)
-    own = folder / "tokenizer.json"
-    if own.exists():
-        return load_tokenizer(str(own)), folder
+    for own in (folder / "tokenizer.json", folder / "tokenizer.model"):
+        if own.exists():
+            return load_tokenizer(str(own)), folder
     return load_tokenizer(config.data.tokenizer), location(config.data.tokenizer).parent
 
 

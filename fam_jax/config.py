@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from fam_jax.ops import ACTIVATIONS
 from fam_jax.remat import POLICIES
+from fam_jax.rope import RopeScaling
 from fam_jax.sharding import FSDP_TP, ShardingRules
 from lime_jax import MixingConfig, make_mixer
 from lime_jax.mixer import shape_of
@@ -157,9 +159,19 @@ class DecoderConfig:
         schedule: "layer" runs all blocks of a layer at once and only the FAM in sequence; "block" runs all
             layers of a block before the next. They compute the same function.
         parallel_block: Attention and feed-forward read one norm and are added together, as in PaLM.
+        activation: Of the feed-forward's gate: "silu", or "gelu", its tanh approximation.
+        attention_bias: Queries, keys and values have a bias.
+        post_norms: RMSNorm on what attention and feed-forward give, before it is added, besides that on what they get.
         qk_norm: RMSNorm on queries and keys, after mixing and before the rotation.
         tie_embeddings: Reuse the embedding as output weights.
+        attention_softcap: Attention scores s become c tanh(s / c); None leaves them.
+        logit_softcap: The same of the output logits.
         rope_base: Base of the rotary wavelengths.
+        rope_scaling: How they were stretched for longer texts; None if they were not.
+        local_window: In local layers a token sees only keys less than this many positions back, besides the FAM; None
+            if no layer is local.
+        local_layers: For each layer whether it is local; empty if all are, once there is a `local_window`.
+        local_rope_base: Base of the wavelengths, which are not scaled, in local layers; None is as everywhere.
         norm_eps: Added to the mean square in RMSNorm.
         dtype: Type of activations, memory and matrix products. Softmax and norms use at least float32.
         param_dtype: Type of the parameters.
@@ -183,9 +195,18 @@ class DecoderConfig:
     mixing: MixingConfig | None = None
     schedule: str = "layer"
     parallel_block: bool = False
+    activation: str = "silu"
+    attention_bias: bool = False
+    post_norms: bool = False
     qk_norm: bool = False
     tie_embeddings: bool = True
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
     rope_base: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    local_window: int | None = None
+    local_layers: tuple[bool, ...] = ()
+    local_rope_base: float | None = None
     norm_eps: float = 1e-6
     dtype: str = "float32"
     param_dtype: str = "float32"
@@ -206,13 +227,14 @@ class DecoderConfig:
             raise ValueError(f"DecoderConfig.head_dim={self.head_dim} is odd; rotary positions need an even width")
         if self.memory is not None and not isinstance(self.memory, MemoryConfig):
             raise ValueError(f"DecoderConfig.memory={self.memory!r} is not allowed; give a MemoryConfig or None")
+        check_choice(name, "activation", self.activation, tuple(ACTIVATIONS))
         check_choice(name, "schedule", self.schedule, ("layer", "block"))
         check_choice(name, "remat", self.remat, tuple(POLICIES))
         check_choice(name, "dtype", self.dtype, DTYPES)
         check_choice(name, "param_dtype", self.param_dtype, DTYPES)
         if self.mixing is not None and not isinstance(self.mixing, MixingConfig):
             raise ValueError(f"DecoderConfig.mixing={self.mixing!r} is not allowed; give a config of lime_jax, or None")
-        for field in ("parallel_block", "qk_norm", "tie_embeddings", "scan_layers"):
+        for field in ("parallel_block", "attention_bias", "post_norms", "qk_norm", "tie_embeddings", "scan_layers"):
             check_bool(name, field, getattr(self, field))
         mixer = make_mixer(self.mixing, shape_of(self))
         if self.remat in ("dots", "attention") and self.scan_layers and mixer.per_layer and mixer.backward != "push":
@@ -225,6 +247,36 @@ class DecoderConfig:
             raise ValueError(f"DecoderConfig.sharding={self.sharding!r} is not allowed; give ShardingRules")
         check_real(name, "rope_base", self.rope_base, 1.0)
         check_real(name, "norm_eps", self.norm_eps, 0.0)
+        for field in ("attention_softcap", "logit_softcap"):
+            if getattr(self, field) is not None:
+                check_real(name, field, getattr(self, field), 1e-3)
+        if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
+            raise ValueError(f"DecoderConfig.rope_scaling={self.rope_scaling!r} is not allowed; give a RopeScaling")
+        self._check_local()
+
+    def _check_local(self) -> None:
+        name = "DecoderConfig"
+        if self.local_window is not None:
+            check_int(name, "local_window", self.local_window, 1)
+        if self.local_rope_base is not None:
+            check_real(name, "local_rope_base", self.local_rope_base, 1.0)
+        flags = isinstance(self.local_layers, tuple) and all(isinstance(flag, bool) for flag in self.local_layers)
+        if not flags or len(self.local_layers) not in (0, self.num_layers):
+            raise ValueError(
+                f"DecoderConfig.local_layers={self.local_layers!r} is not allowed; give a tuple of num_layers="
+                f"{self.num_layers} times True or False, or an empty one"
+            )
+        for field, off in (("local_layers", ()), ("local_rope_base", None)):
+            if self.local_window is None and getattr(self, field) != off:
+                raise ValueError(
+                    f"DecoderConfig.{field}={getattr(self, field)!r} is of local layers, of which there are none "
+                    f"without local_window; set that, or {field} to {off}"
+                )
+
+    @property
+    def is_local(self) -> tuple[bool, ...]:
+        """For each layer whether it is local."""
+        return self.local_layers or (self.local_window is not None,) * self.num_layers
 
     @property
     def fam_length(self) -> int:

@@ -193,7 +193,8 @@ def stack_layers(
     dtype = jnp.dtype(config.dtype)
     weights = cast(params["layers"], dtype)
     mixing = params.get("mixing", {}).get("layers", {})
-    weights = dataclasses.replace(weights, mixing=mixer.effective(mixing))
+    local = None if config.local_window is None else jnp.asarray(config.is_local)
+    weights = dataclasses.replace(weights, mixing=mixer.effective(mixing), local=local)
     if not config.fam_length:
         return Layers(weights, None, None)
     stored = None if rsp is None else jax.lax.stop_gradient(rsp.fam).astype(dtype)

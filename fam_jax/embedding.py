@@ -7,7 +7,7 @@ from jax import Array
 
 from fam_jax.config import DecoderConfig
 from fam_jax.loss import VOCAB_BLOCK, TokenLosses, token_losses
-from fam_jax.ops import accumulation_dtype, rms_norm
+from fam_jax.ops import accumulation_dtype, cap, rms_norm
 from fam_jax.plan import Layout
 from fam_jax.sharding import constrain, gather
 
@@ -27,13 +27,14 @@ def read_out(config: DecoderConfig, params: dict[str, Any], x: Array) -> Array:
     x = rms_norm(x, params["final_norm"], config.norm_eps)
     table = gather(config.sharding, {"embed": _output_weights(config, params).astype(dtype)})["embed"]
     logits = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=accumulation_dtype(dtype))
+    logits = cap(logits, config.logit_softcap)
     return constrain(config.sharding, logits, "batch", "block", "vocab")
 
 
 def read_losses(config: DecoderConfig, params: dict[str, Any], x: Array, targets: Array) -> TokenLosses:
     """Losses of targets [b, t] by the last layer's output [b, t, d], without all their logits."""
     x = rms_norm(x, params["final_norm"], config.norm_eps)
-    return token_losses(x, _output_weights(config, params), targets, VOCAB_BLOCK, config.sharding)
+    return token_losses(x, _output_weights(config, params), targets, VOCAB_BLOCK, config.sharding, config.logit_softcap)
 
 
 def _output_weights(config: DecoderConfig, params: dict[str, Any]) -> Array:

@@ -24,6 +24,7 @@ from fam_jax.config import DecoderConfig, MemoryConfig
 from fam_jax.ops import Source, accumulation_dtype, attend, rotate
 from fam_jax.plan import Plan
 from fam_jax.remat import UPDATED
+from fam_jax.rope import frequencies
 from fam_jax.sharding import constrain
 from fam_jax.sublayers import LayerParams, finish, project
 from lime_jax import Depth, Mixer
@@ -117,7 +118,7 @@ def update(
         params,
         fam,
         lambda y, later: (residual + y, later),
-        attend(q, sources),
+        attend(q, sources, config.attention_softcap),
         depth,
         ff_source,
     )
@@ -192,10 +193,11 @@ def scan_blocks(
         entering = jnp.where(fresh[:, None, None], inputs.prompt, fam)
         here = Depth(bank, live, layer_number, (), pushed)
         q, fam_k, fam_v, here = project(config, mixer, params, entering, here)
-        own = Source(rotate(fam_k, key_positions(memory, position, fresh), config.rope_base), fam_v)
+        turns = frequencies(config, params.local)
+        own = Source(rotate(fam_k, key_positions(memory, position, fresh), turns), fam_v)
 
         def compress():
-            queries = rotate(q, query_positions(memory, position, fresh), config.rope_base)
+            queries = rotate(q, query_positions(memory, position, fresh), turns)
             new = update(config, mixer, params, entering, fresh, queries, [own, Source(k, v)], here)
             if inputs.noise_key is not None:
                 new = add_noise(new, memory.noise, jax.random.fold_in(inputs.noise_key, index))
@@ -256,6 +258,7 @@ def climb(
     q, k, v, depth = project(config, mixer, params, everywhere(prompt), depth)
     start = None if memory.positions == "local" else jnp.zeros(())
     positions = key_positions(memory, start, jnp.ones((), bool)).reshape(-1)
-    q, k = rotate(q, positions, config.rope_base), rotate(k, positions, config.rope_base)
-    carry, depth = finish(config, mixer, params, prompt, add, attend(q, [Source(k, v)]), depth)
+    turns = frequencies(config, params.local)
+    attended = attend(rotate(q, positions, turns), [Source(rotate(k, positions, turns), v)], config.attention_softcap)
+    carry, depth = finish(config, mixer, params, prompt, add, attended, depth)
     return everywhere(carry), prompt, depth

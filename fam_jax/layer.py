@@ -7,6 +7,7 @@ block to block.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from fam_jax import sequence
@@ -14,6 +15,7 @@ from fam_jax.config import DecoderConfig
 from fam_jax.fam import FamInputs, scan_blocks
 from fam_jax.ops import Source, attend, attend_by_block, rotate
 from fam_jax.plan import Plan
+from fam_jax.rope import frequencies
 from fam_jax.sharding import constrain
 from fam_jax.state import LayerMemory
 from fam_jax.sublayers import LayerParams, finish, project
@@ -61,11 +63,12 @@ def layer(
     slots = jnp.arange(size)
     query_slots = jnp.arange(width) + (0 if plan.slot is None else plan.slot[:, :, None])
     start = 0 if plan.position is None else plan.position[:, :, None]
-    q = rotate(q, start + query_slots, config.rope_base)
+    turns, window = frequencies(config, params.local), _window(config, params.local)
+    q = rotate(q, start + query_slots, turns)
     seen = slots <= query_slots[..., None]
-    if config.memory is not None and config.memory.window is not None:
-        seen &= query_slots[..., None] - slots < config.memory.window
-    own = Source(rotate(k, start + slots, config.rope_base), v, seen)
+    if window is not None:
+        seen &= query_slots[..., None] - slots < window
+    own = Source(rotate(k, start + slots, turns), v, seen)
 
     all_k = jnp.concatenate([sequence.before(memory.segment_k, k), k], axis=1)
     all_v = jnp.concatenate([sequence.before(memory.segment_v, v), v], axis=1)
@@ -73,7 +76,8 @@ def layer(
     for back in range(1, config.segments + 1):
         first = config.segments - back
         blocks = slice(first, first + windows)
-        sources.append(_segment(config, all_k[:, blocks], all_v[:, blocks], back, query_slots, start, plan))
+        k, v, mask = _segment(config, all_k[:, blocks], all_v[:, blocks], back, query_slots, window, plan)
+        sources.append(Source(rotate(k, start + slots - back * size, turns), v, mask))
 
     kept = jnp.zeros(memory.fam.shape[1:], memory.fam.dtype)
     fam = memory.fam
@@ -92,7 +96,8 @@ def layer(
             skip_incomplete=width < size,
         )
         sources.append(fam_source)
-    attended = attend_by_block(q, sources) if config.remat != "none" and windows > 1 else attend(q, sources)
+    attention = attend_by_block if config.remat != "none" and windows > 1 else attend
+    attended = attention(q, sources, config.attention_softcap)
     carry, depth = finish(config, mixer, params, x, add, attended, depth)
     carry = constrain(rules, carry, "batch", "block", None, None)
 
@@ -119,19 +124,29 @@ def _fill(new: Array, opened: Array, plan: Plan) -> Array:
     return new.at[:, :1].add(old)
 
 
+def _window(config: DecoderConfig, local: Array | None) -> Array | int | None:
+    """A token sees only keys less than this many tokens back; None if it sees all."""
+    limit = None if config.memory is None else config.memory.window
+    if local is None:
+        return limit
+    assert config.local_window is not None
+    most = np.iinfo(np.int32).max if limit is None else limit
+    return jnp.where(local, min(config.local_window, most), most)
+
+
 def _segment(
-    config: DecoderConfig, k: Array, v: Array, back: int, query_slots: Array, start: Array | int, plan: Plan
+    config: DecoderConfig, k: Array, v: Array, back: int, query_slots: Array, window: Array | int | None, plan: Plan
 ) -> Source:
-    """Keys and values [b, n, c, g, k] of the block `back` blocks before each block, as seen from there."""
+    """Keys, not rotated yet, and values [b, n, c, g, k] of the block `back` blocks before each block."""
     memory = config.memory
     assert memory is not None
     if memory.stop_gradient:
         k, v = jax.lax.stop_gradient((k, v))
     slots = jnp.arange(k.shape[2]) - back * k.shape[2]
     mask = (back <= plan.segments)[:, :, None, None]
-    if memory.window is not None:
-        mask = mask & (query_slots[..., None] - slots < memory.window)
-    return Source(rotate(k, start + slots, config.rope_base), v, mask)
+    if window is not None:
+        mask = mask & (query_slots[..., None] - slots < window)
+    return Source(k, v, mask)
 
 
 def _advance(blocks: Array, done: Array, segments: int) -> tuple[Array, Array]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fam_jax.ops import accumulation_dtype
+from fam_jax.ops import accumulation_dtype, cap
 from fam_jax.sharding import FSDP_TP, ShardingRules, constrain, gather
 
 VOCAB_BLOCK = 8192
@@ -34,7 +34,12 @@ class TokenLosses(NamedTuple):
 
 
 def token_losses(
-    x: Array, table: Array, targets: Array, block: int = VOCAB_BLOCK, rules: ShardingRules = FSDP_TP
+    x: Array,
+    table: Array,
+    targets: Array,
+    block: int = VOCAB_BLOCK,
+    rules: ShardingRules = FSDP_TP,
+    softcap: float | None = None,
 ) -> TokenLosses:
     """Losses of the logits x table^T.
 
@@ -44,19 +49,22 @@ def token_losses(
         targets: int [b, t], from 0 to v - 1.
         block: Most logits of a token at once.
         rules: How `table` and `x` are spread over a mesh, if there is one.
+        softcap: Limit of the logits, see `fam_jax.ops.cap`.
     """
     if len(table) > block:
-        return _in_blocks(x, table, targets, block, rules)
-    logits, _ = _logits(x, table[:, None], len(table), 0, rules)
+        return _in_blocks(x, table, targets, block, rules, softcap)
+    logits, _ = _logits(x, table[:, None], len(table), 0, rules, softcap)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     wanted = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return TokenLosses(log_z - wanted, log_z, jnp.argmax(logits, axis=-1) == targets)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _in_blocks(x: Array, table: Array, targets: Array, block: int, rules: ShardingRules) -> TokenLosses:
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _in_blocks(
+    x: Array, table: Array, targets: Array, block: int, rules: ShardingRules, softcap: float | None
+) -> TokenLosses:
     """`token_losses` block after block; has gradients, but no forward-mode derivatives."""
-    return _forward(x, table, targets, block, rules)[0]
+    return _forward(x, table, targets, block, rules, softcap)[0]
 
 
 def _blocks(table: Array, block: int) -> tuple[Array, int]:
@@ -70,25 +78,27 @@ def _blocks(table: Array, block: int) -> tuple[Array, int]:
     return table.reshape(size, count, -1), count
 
 
-def _logits(x: Array, table: Array, rows: int, number: Array | int, rules: ShardingRules) -> tuple[Array, Array]:
+def _logits(
+    x: Array, table: Array, rows: int, number: Array | int, rules: ShardingRules, softcap: float | None
+) -> tuple[Array, Array]:
     """Logits [b, t, size] of block `number`, and its part of the table [size, d]."""
     dtype = accumulation_dtype(x.dtype)
     part = jax.lax.dynamic_index_in_dim(table, number, axis=1, keepdims=False)
     part = gather(rules, {"embed": part.astype(x.dtype)})["embed"]
-    logits = jnp.einsum("btd,vd->btv", x, part, preferred_element_type=dtype)
+    logits = cap(jnp.einsum("btd,vd->btv", x, part, preferred_element_type=dtype), softcap)
     size, count = table.shape[:2]
     if size * count > rows:
         logits = jnp.where(jnp.arange(size) * count + number < rows, logits, -jnp.inf)
     return constrain(rules, logits, "batch", "block", "vocab"), part
 
 
-def _forward(x, table, targets, block, rules):
+def _forward(x, table, targets, block, rules, softcap):
     blocks, count = _blocks(table, block)
     dtype = accumulation_dtype(x.dtype)
 
     def step(carry, number):
         best, index, total, wanted = carry
-        logits, _ = _logits(x, blocks, table.shape[0], number, rules)
+        logits, _ = _logits(x, blocks, table.shape[0], number, rules, softcap)
         top = jnp.max(logits, axis=-1)
         top_index = jnp.argmax(logits, axis=-1).astype(jnp.int32) * count + number
         ahead = (top > best) | ((top == best) & (top_index < index))
@@ -105,17 +115,20 @@ def _forward(x, table, targets, block, rules):
     return TokenLosses(log_z - wanted, log_z, index == targets), (x, table, targets, log_z)
 
 
-def _backward(block, rules, saved, cotangents):
+def _backward(block, rules, softcap, saved, cotangents):
     x, table, targets, log_z = saved
     d_nll, d_log_z, _ = cotangents
     blocks, count = _blocks(table, block)
 
     def step(carry, number):
         d_x, d_blocks = carry
-        logits, part = _logits(x, blocks, table.shape[0], number, rules)
+        logits, part = _logits(x, blocks, table.shape[0], number, rules, softcap)
         d_logits = jnp.exp(logits - log_z[..., None]) * (d_nll + d_log_z)[..., None]
         own = (jnp.arange(len(part)) == (targets // count)[..., None]) & (targets % count == number)[..., None]
-        d_logits = jnp.where(own, d_logits - d_nll[..., None], d_logits).astype(x.dtype)
+        d_logits = jnp.where(own, d_logits - d_nll[..., None], d_logits)
+        if softcap is not None:  # of tanh; logits that are no rows of the table are -inf, and have no gradient
+            d_logits *= 1 - jnp.square(jnp.maximum(logits / softcap, -1))
+        d_logits = d_logits.astype(x.dtype)
         d_x += jnp.einsum("btv,vd->btd", d_logits, part, preferred_element_type=d_x.dtype)
         d_part = jnp.einsum("btv,btd->vd", d_logits, x, preferred_element_type=d_x.dtype)
         d_part = constrain(rules, d_part.astype(table.dtype), "vocab", "embed")

@@ -5,6 +5,8 @@ f FAM row, h query head, g key/value head, r query heads per key/value head, k h
 e feed-forward width.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -25,18 +27,17 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     return (wide * scale).astype(x.dtype)
 
 
-def rotate(x: Array, positions: Array, base: float) -> Array:
-    """Rotary positions: turns pair i of each head by `position / base^(2i/k)` radians.
+def rotate(x: Array, positions: Array, frequencies: Array) -> Array:
+    """Rotary positions: turns pair i of each head by `position * frequencies[i]` radians.
 
     Args:
         x: Queries or keys: [..., c, heads, k]. Pair i is made of channels i and i + k/2.
         positions: [..., c], whole or fractional; leading axes broadcast against those of `x`.
-        base: Base of the wavelengths.
+        frequencies: [k/2], see `fam_jax.rope`.
     """
     dtype = accumulation_dtype(x.dtype)
     half = x.shape[-1] // 2
-    frequencies = base ** (-jnp.arange(half, dtype=dtype) / half)
-    angles = positions.astype(dtype)[..., None, None] * frequencies
+    angles = positions.astype(dtype)[..., None, None] * jnp.asarray(frequencies, dtype)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = x[..., :half].astype(dtype), x[..., half:].astype(dtype)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -57,7 +58,12 @@ class Source(NamedTuple):
     mask: Array | None = None
 
 
-def attend(q: Array, sources: list[Source]) -> Array:
+def cap(logits: Array, limit: float | None) -> Array:
+    """Soft cap: limit * tanh(logits / limit), so that they stay within +-limit; as they are without a limit."""
+    return logits if limit is None else limit * jnp.tanh(logits / limit)
+
+
+def attend(q: Array, sources: list[Source], softcap: float | None = None) -> Array:
     """One softmax over all keys of all sources; grouped heads.
 
     The sources are not concatenated: neighbouring blocks share keys, which a copy would multiply. Every query
@@ -66,6 +72,7 @@ def attend(q: Array, sources: list[Source]) -> Array:
     Args:
         q: Rotated queries [..., c, h, k].
         sources: Keys and values, with the leading axes of `q`.
+        softcap: Limit of the scores, see `cap`.
 
     Returns:
         [..., c, h, k] in the type of `q`.
@@ -77,6 +84,7 @@ def attend(q: Array, sources: list[Source]) -> Array:
     scores = []
     for source in sources:
         score = jnp.einsum("...cgrk,...sgk->...grcs", q, source.k, preferred_element_type=dtype)
+        score = cap(score, softcap)
         if source.mask is not None:
             score = jnp.where(source.mask[..., None, None, :, :], score, jnp.finfo(dtype).min)
         scores.append(score)
@@ -92,7 +100,7 @@ def attend(q: Array, sources: list[Source]) -> Array:
     return sum(parts[1:], parts[0]).reshape(*lead, queries, heads, width).astype(q.dtype)
 
 
-def attend_by_block(q: Array, sources: list[Source]) -> Array:
+def attend_by_block(q: Array, sources: list[Source], softcap: float | None = None) -> Array:
     """`attend` of one block after another, whose scores the backward pass computes again.
 
     So there are those of one block at a time. Over a whole text, in float32, they are the most memory that a layer
@@ -101,6 +109,7 @@ def attend_by_block(q: Array, sources: list[Source]) -> Array:
     Args:
         q: Rotated queries [b, n, c, h, k].
         sources: Keys and values [b, n, s, g, k]; masks [b or 1, n, c or 1, s], or [c, s] for all blocks.
+        softcap: Limit of the scores, see `cap`.
     """
     shared = [source.mask if source.mask is not None and source.mask.ndim == 2 else None for source in sources]
     own = [
@@ -112,7 +121,7 @@ def attend_by_block(q: Array, sources: list[Source]) -> Array:
         masked = [
             source if mask is None else source._replace(mask=mask) for source, mask in zip(own, shared, strict=True)
         ]
-        return None, attend(q, masked)
+        return None, attend(q, masked, softcap)
 
     blocks = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, own))
     with jax.named_scope("attention"):  # by which the loop is found in a compiled program
@@ -120,9 +129,12 @@ def attend_by_block(q: Array, sources: list[Source]) -> Array:
     return jnp.moveaxis(attended, 0, 1)
 
 
-def feed_forward(w_gate: Array, w_up: Array, w_down: Array, x: Array) -> Array:
-    """SwiGLU: (silu(x w_gate) * x w_up) w_down, x of any shape [..., d]."""
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"silu": jax.nn.silu, "gelu": partial(jax.nn.gelu, approximate=True)}
+
+
+def feed_forward(w_gate: Array, w_up: Array, w_down: Array, x: Array, activation: str = "silu") -> Array:
+    """Gated feed-forward: (activation(x w_gate) * x w_up) w_down, x of any shape [..., d]."""
     # One row axis: XLA's CPU backend is nearly twice as fast at the gradient of such products.
     rows = x.reshape(-1, x.shape[-1])
-    hidden = jax.nn.silu(rows @ w_gate) * (rows @ w_up)
+    hidden = ACTIVATIONS[activation](rows @ w_gate) * (rows @ w_up)
     return (hidden @ w_down).reshape(x.shape)

@@ -43,6 +43,12 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "w_gate": ("embed", "mlp"),
     "w_up": ("embed", "mlp"),
     "w_down": ("mlp", "embed"),
+    "bq": ("heads", None),
+    "bk": ("kv_heads", None),
+    "bv": ("kv_heads", None),
+    "attn_post_norm": (None,),
+    "ff_post_norm": (None,),
+    "local": (),  # no parameter, but among them
 }
 
 

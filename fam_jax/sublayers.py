@@ -23,31 +23,43 @@ class LayerParams:
     """Weights of one layer, or of all with a leading layer axis.
 
     Attributes:
+        local: The layer is a local one, bool []; not a parameter, and None if the model has none.
         attn_norm: [d]. Shared with the feed-forward in the parallel block.
         wq: [d, h, k].
         wk: [d, g, k].
         wv: [d, g, k].
         wo: [h, k, d].
+        bq: [h, k]; None without `attention_bias`, and so are the next two.
+        bk: [g, k].
+        bv: [g, k].
         q_norm: [k]; None without `qk_norm`.
         k_norm: [k]; None without `qk_norm`.
         ff_norm: [d]; None in the parallel block.
         w_gate: [d, e].
         w_up: [d, e].
         w_down: [e, d].
+        attn_post_norm: [d]; None without `post_norms`, and so is the next.
+        ff_post_norm: [d].
         mixing: What the layer mixer has of its own, as its `effective` gives it.
     """
 
+    local: Array | None
     attn_norm: Array
     wq: Array
     wk: Array
     wv: Array
     wo: Array
+    bq: Array | None
+    bk: Array | None
+    bv: Array | None
     q_norm: Array | None
     k_norm: Array | None
     ff_norm: Array | None
     w_gate: Array
     w_up: Array
     w_down: Array
+    attn_post_norm: Array | None
+    ff_post_norm: Array | None
     mixing: Params
 
 
@@ -69,18 +81,27 @@ class LayerStack(nn.Module):
         def matrix(name: str, inputs: int, *shape: int, scale: float = 1.0) -> Array:
             return declare(name, nn.initializers.normal(scale * inputs**-0.5), *shape)
 
+        def bias(name: str, heads: int) -> Array | None:
+            return declare(name, nn.initializers.zeros, heads, c.head_dim) if c.attention_bias else None
+
         return LayerParams(
+            local=None,
             attn_norm=declare("attn_norm", ones, c.d_model),
             wq=matrix("wq", c.d_model, c.d_model, c.num_heads, c.head_dim),
             wk=matrix("wk", c.d_model, c.d_model, c.num_kv_heads, c.head_dim),
             wv=matrix("wv", c.d_model, c.d_model, c.num_kv_heads, c.head_dim),
             wo=matrix("wo", c.num_heads * c.head_dim, c.num_heads, c.head_dim, c.d_model, scale=out_scale),
+            bq=bias("bq", c.num_heads),
+            bk=bias("bk", c.num_kv_heads),
+            bv=bias("bv", c.num_kv_heads),
             q_norm=declare("q_norm", ones, c.head_dim) if c.qk_norm else None,
             k_norm=declare("k_norm", ones, c.head_dim) if c.qk_norm else None,
             ff_norm=None if c.parallel_block else declare("ff_norm", ones, c.d_model),
             w_gate=matrix("w_gate", c.d_model, c.d_model, c.d_ff),
             w_up=matrix("w_up", c.d_model, c.d_model, c.d_ff),
             w_down=matrix("w_down", c.d_ff, c.d_ff, c.d_model, scale=out_scale),
+            attn_post_norm=declare("attn_post_norm", ones, c.d_model) if c.post_norms else None,
+            ff_post_norm=declare("ff_post_norm", ones, c.d_model) if c.post_norms else None,
             mixing={},
         )
 
@@ -106,6 +127,8 @@ def project(
     q = jnp.einsum("...d,dhk->...hk", for_q, params.wq)
     k = jnp.einsum(f"...{heads}d,dgk->...gk", for_k, params.wk)
     v = jnp.einsum(f"...{heads}d,dgk->...gk", for_v, params.wv)
+    if params.bq is not None and params.bk is not None and params.bv is not None:
+        q, k, v = q + params.bq, k + params.bk, v + params.bv
     k, v, depth = mixer.keys_values(params.mixing, for_q, q, k, v, depth)
     if params.q_norm is not None and params.k_norm is not None:
         q, k = rms_norm(q, params.q_norm, config.norm_eps), rms_norm(k, params.k_norm, config.norm_eps)
@@ -139,6 +162,8 @@ def finish(
         What goes to the next layer, and the depth with what this layer lets later ones read.
     """
     y = jnp.einsum("...hk,hkd->...d", checkpoint_name(attended, ATTENDED), params.wo)
+    if params.attn_post_norm is not None:
+        y = rms_norm(y, params.attn_post_norm, config.norm_eps)
     if params.ff_norm is None:
         scale = params.attn_norm
     else:
@@ -147,12 +172,15 @@ def finish(
         x, add = mixer.enter(params.mixing, carry, depth, 1)
     norm = partial(rms_norm, scale=scale, eps=config.norm_eps)
     ff_in, depth = mixer.ff_input(params.mixing, x if ff_source is None else ff_source, norm, depth)
-    ff_out = feed_forward(params.w_gate, params.w_up, params.w_down, ff_in)
+    ff_out = feed_forward(params.w_gate, params.w_up, params.w_down, ff_in, config.activation)
+    if params.ff_post_norm is not None:
+        ff_out = rms_norm(ff_out, params.ff_post_norm, config.norm_eps)
     carry, depth = add(y + ff_out if params.ff_norm is None else ff_out, depth)
     return mixer.leave(params.mixing, carry, depth)
 
 
 def cast(params: LayerParams, dtype: DTypeLike) -> LayerParams:
     """Matrices in the type of the activations; norm scales as they are, since norms compute in float32 anyway."""
-    matrices = {"wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"}
-    return dataclasses.replace(params, **{name: getattr(params, name).astype(dtype) for name in matrices})
+    wide = {"local", "attn_norm", "ff_norm", "q_norm", "k_norm", "attn_post_norm", "ff_post_norm", "mixing"}
+    found = {field.name: getattr(params, field.name) for field in dataclasses.fields(params) if field.name not in wide}
+    return dataclasses.replace(params, **{name: x.astype(dtype) for name, x in found.items() if x is not None})

@@ -1,13 +1,14 @@
 """The decoder written a second time, for reading: NumPy float64, one row, one token and one head at a time.
 
 `dense_decoder` is an ordinary Transformer with an explicit [t, t] mask; it covers full causal attention, BSWA
-and the Transformer-XL window. `fam_decoder` is Algorithm 2 of arXiv 2404.09173 as a plain loop over blocks,
+and windows. `fam_decoder` is Algorithm 2 of arXiv 2404.09173 as a plain loop over blocks,
 layers and tokens. Both work with absolute positions only: block-local positions must give the same numbers,
 because rotary attention reads differences. They read the parameter tree of `fam_jax` and nothing else of it.
 The end of the file builds models for the tests.
 """
 
 import contextlib
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fam_jax import Decoder, DecoderConfig, MemoryConfig
+from fam_jax.rope import RopeScaling
 
 Array = np.ndarray
 
@@ -27,80 +29,113 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * scale
 
 
-def rotate(x: Array, positions: Array, base: float) -> Array:
+def rotate(x: Array, positions: Array, base: float, scaling: RopeScaling | None = None) -> Array:
     """Rotary embedding of x [t, heads, k] in the rotate-half convention."""
     half = x.shape[-1] // 2
-    angle = np.asarray(positions, np.float64)[:, None, None] * base ** (-2.0 * np.arange(half) / x.shape[-1])
+    frequency = base ** (-2.0 * np.arange(half) / x.shape[-1])
+    for i, plain in enumerate(frequency if scaling else ()):
+        wavelength = 2 * np.pi / plain
+        slow = plain / scaling.factor
+        if scaling.kind == "linear" or wavelength > scaling.original / scaling.low:
+            frequency[i] = slow
+        elif wavelength > scaling.original / scaling.high:
+            smooth = (scaling.original / wavelength - scaling.low) / (scaling.high - scaling.low)
+            frequency[i] = (1 - smooth) * slow + smooth * plain
+    angle = np.asarray(positions, np.float64)[:, None, None] * frequency
     first, second = x[..., :half], x[..., half:]
     cos, sin = np.cos(angle), np.sin(angle)
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def attend(query: Array, keys: Array, values: Array) -> Array:
+def attend(query: Array, keys: Array, values: Array, softcap: float | None = None) -> Array:
     """One query [h, k] over keys and values [n, g, k]; returns [h, k]."""
     heads, kv_heads = query.shape[0], keys.shape[1]
     out = np.zeros_like(query)
     for h in range(heads):
         g = h // (heads // kv_heads)
         scores = keys[:, g] @ query[h] / np.sqrt(query.shape[1])
+        scores = softcap * np.tanh(scores / softcap) if softcap else scores
         weights = np.exp(scores - scores.max())
         out[h] = weights @ values[:, g] / weights.sum()
     return out
 
 
-def feed_forward(w: dict[str, Array], x: Array) -> Array:
+def feed_forward(w: dict[str, Array], x: Array, activation: str = "silu") -> Array:
     gate = x @ w["w_gate"]
-    return (gate / (1.0 + np.exp(-gate)) * (x @ w["w_up"])) @ w["w_down"]
+    if activation == "gelu":
+        gate = gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+    else:
+        gate = gate / (1.0 + np.exp(-gate))
+    return (gate * (x @ w["w_up"])) @ w["w_down"]
 
 
 def project(w: dict[str, Array], config: Any, x: Array, key_pos: Array, query_pos: Array | None = None):
     """Projections of normed x [t, d]: rotated queries [t, h, k], rotated keys and plain values [t, g, k]."""
     y = rms_norm(x, w["attn_norm"], config.norm_eps)
-    q, k, v = (np.einsum("td,dhk->thk", y, w[name]) for name in ("wq", "wk", "wv"))
+    q, k, v = (np.einsum("td,dhk->thk", y, w["w" + name]) + w.get("b" + name, 0) for name in "qkv")
+    if config.qk_norm:
+        q, k = rms_norm(q, w["q_norm"], config.norm_eps), rms_norm(k, w["k_norm"], config.norm_eps)
     query_pos = key_pos if query_pos is None else query_pos
-    return rotate(q, query_pos, config.rope_base), rotate(k, key_pos, config.rope_base), v
+    rope = (config.rope_base, config.rope_scaling)
+    if w["local"] and config.local_rope_base:
+        rope = (config.local_rope_base, None)
+    return rotate(q, query_pos, *rope), rotate(k, key_pos, *rope), v
 
 
 def finish(w: dict[str, Array], config: Any, x: Array, attended: Array, residual: Array) -> Array:
     """The rest of a layer whose input was x [t, d], after attention gave [t, h, k]."""
-    attention = np.einsum("thk,hkd->td", attended, w["wo"])
-    if config.parallel_block:
-        return residual + attention + feed_forward(w, rms_norm(x, w["attn_norm"], config.norm_eps))
+
+    def after(y: Array, name: str) -> Array:
+        return rms_norm(y, w[name], config.norm_eps) if config.post_norms else y
+
+    attention = after(np.einsum("thk,hkd->td", attended, w["wo"]), "attn_post_norm")
     middle = attention + residual
-    return feed_forward(w, rms_norm(middle, w["ff_norm"], config.norm_eps)) + middle
+    fed = rms_norm(x, w["attn_norm"], config.norm_eps)
+    if not config.parallel_block:
+        fed = rms_norm(middle, w["ff_norm"], config.norm_eps)
+    return middle + after(feed_forward(w, fed, config.activation), "ff_post_norm")
 
 
 def layers_of(params: dict[str, Any], config: Any) -> list[dict[str, Array]]:
     stacks = {name: np.asarray(w, np.float64) for name, w in params["layers"].items()}
-    return [{name: stack[l] for name, stack in stacks.items()} for l in range(config.num_layers)]
+    return [
+        {name: stack[l] for name, stack in stacks.items()} | {"local": config.is_local[l]}
+        for l in range(config.num_layers)
+    ]
 
 
 def logits_of(params: dict[str, Any], config: Any, x: Array) -> Array:
     table = np.asarray(params["embed"].T if config.tie_embeddings else params["unembed"], np.float64)
-    return rms_norm(x, np.asarray(params["final_norm"], np.float64), config.norm_eps) @ table
+    logits = rms_norm(x, np.asarray(params["final_norm"], np.float64), config.norm_eps) @ table
+    return config.logit_softcap * np.tanh(logits / config.logit_softcap) if config.logit_softcap else logits
 
 
 # ------------------------------------------------------------------------------------- dense masked attention
 
 
+def near(w: dict[str, Array], config: Any, distance: Array) -> Array:
+    """Whether the windows let a layer's tokens see keys so many tokens back."""
+    windows = [config.memory.window if config.memory else None, config.local_window if w["local"] else None]
+    return np.all([distance < window for window in windows if window] or [distance == distance], axis=0)
+
+
 def visible(memory: Any, length: int) -> Array:
-    """Which key (column) every query (row) may read, bool [t, t]: full causal, BSWA, BSWA with a window."""
+    """Which key (column) every query (row) may read, bool [t, t]: full causal, BSWA."""
     q, k = np.indices((length, length))
     mask = k <= q
     if memory is not None:
         mask &= q // memory.block_size - k // memory.block_size <= memory.segments
-        if memory.window is not None:
-            mask &= q - k < memory.window
     return mask
 
 
 def dense_decoder(params: dict[str, Any], config: Any, tokens: Array) -> Array:
     """Logits [t, v] of tokens [t] by attention over the whole sequence under an explicit mask."""
-    mask = visible(config.memory, len(tokens))
+    where, cap = np.arange(len(tokens)), config.attention_softcap
     x = np.asarray(params["embed"], np.float64)[tokens]
     for w in layers_of(params, config):
-        q, k, v = project(w, config, x, np.arange(len(tokens)))
-        attended = np.stack([attend(q[t], k[mask[t]], v[mask[t]]) for t in range(len(tokens))])
+        mask = visible(config.memory, len(tokens)) & near(w, config, where[:, None] - where)
+        q, k, v = project(w, config, x, where)
+        attended = np.stack([attend(q[t], k[mask[t]], v[mask[t]], cap) for t in where])
         x = finish(w, config, x, attended, x)
     return logits_of(params, config, x)
 
@@ -136,7 +171,7 @@ def prompt_stream(params: dict[str, Any], config: Any, layers: list[dict[str, Ar
     for w in layers:
         out.append(x)
         q, k, v = project(w, config, x, slots)
-        x = finish(w, config, x, np.stack([attend(row, k, v) for row in q]), x)
+        x = finish(w, config, x, np.stack([attend(row, k, v, config.attention_softcap) for row in q]), x)
     return out
 
 
@@ -181,15 +216,13 @@ def fam_decoder(
                 seen = [*past, (positions[: t + 1], k[: t + 1], v[: t + 1])]
                 keys, values = [fam_k], [fam_v]
                 for where, block_k, block_v in seen:
-                    near = np.full(len(where), True)
-                    if memory.window is not None:
-                        near = positions[t] - where < memory.window
-                    keys.append(block_k[near])
-                    values.append(block_v[near])
-                rows.append(attend(q[t], np.concatenate(keys), np.concatenate(values)))
+                    visible_here = near(w, config, positions[t] - where)
+                    keys.append(block_k[visible_here])
+                    values.append(block_v[visible_here])
+                rows.append(attend(q[t], np.concatenate(keys), np.concatenate(values), config.attention_softcap))
             if len(x) == size and memory.fam_length:
                 keys, values = np.concatenate([fam_k, k]), np.concatenate([fam_v, v])
-                read = np.stack([attend(row, keys, values) for row in fam_q])
+                read = np.stack([attend(row, keys, values, config.attention_softcap) for row in fam_q])
                 residual = np.zeros_like(fam[l]) if begin == 0 and without_residual else fam[l]
                 updated.append(finish(w, config, fam[l], read, residual))
             x = finish(w, config, x, np.stack(rows), x)
@@ -217,6 +250,23 @@ def decoder_config(memory: dict[str, Any] | None = None, **changes: Any) -> Deco
 def fam_config(memory: dict[str, Any] | None = None, **changes: Any) -> DecoderConfig:
     """The same with FAM of N rows."""
     return decoder_config({"fam_length": N, **(memory or {})}, **changes)
+
+
+def as_pretrained(config: DecoderConfig) -> DecoderConfig:
+    """With all that one family of pretrained models or another has besides."""
+    return dataclasses.replace(
+        config,
+        activation="gelu",
+        attention_bias=True,
+        post_norms=True,
+        qk_norm=True,
+        attention_softcap=2.0,
+        logit_softcap=3.0,
+        rope_scaling=RopeScaling("llama3", factor=8.0, low=1.0, high=4.0, original=8),
+        local_window=3,
+        local_layers=tuple(l % 2 == 0 for l in range(config.num_layers)),
+        local_rope_base=100.0,
+    )
 
 
 def model_shapes(config: DecoderConfig) -> Any:

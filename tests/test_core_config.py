@@ -7,6 +7,7 @@ import pytest
 from reference import SIZES, decoder_config, fam_config
 
 from fam_jax import DecoderConfig, MemoryConfig
+from fam_jax.rope import RopeScaling
 
 NAN = float("nan")
 
@@ -54,6 +55,16 @@ BAD_DECODER = [
     ("memory", "fam"),
     ("mixing", "lime"),
     ("qk_norm", 1),
+    ("activation", "relu"),
+    ("attention_bias", "q"),
+    ("post_norms", 1),
+    ("attention_softcap", 0.0),
+    ("logit_softcap", -30.0),
+    ("rope_scaling", 8.0),
+    ("local_window", 0),
+    ("local_layers", (True, False, False)),  # of two layers
+    ("local_layers", (True, False)),  # without a window
+    ("local_rope_base", 100.0),
     ("schedule", "wave"),
     ("parallel_block", "yes"),
     ("tie_embeddings", "yes"),
@@ -97,6 +108,7 @@ def test_limits_are_allowed():
     MemoryConfig(block_size=1, segments=0, fam_length=1, window=1)
     MemoryConfig(block_size=4, segments=2, fam_length=4, window=9, rsp=1.0)
     MemoryConfig(block_size=4, fam_length=2, positions="absolute", fam_positions="zero", rpo=True)
+    DecoderConfig(**SIZES, local_window=1, local_layers=(True, False), local_rope_base=1.0, rope_scaling=RopeScaling())
     DecoderConfig(**{**SIZES, "num_layers": 1, "num_kv_heads": 1, "head_dim": 2, "vocab_size": 1})
 
 

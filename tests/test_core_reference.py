@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from reference import (
     B,
+    as_pretrained,
     assert_close,
     decoder_config,
     dense_decoder,
@@ -49,6 +50,8 @@ DENSE = {
     "bswa 3, absolute": decoder_config({"segments": 3, **ABSOLUTE}, **BLOCK),
     "window B, gradient stopped": decoder_config({"window": B, "stop_gradient": True}),
     "window 2B+1 of 2": decoder_config({"segments": 2, "window": 2 * B + 1, **ABSOLUTE}, **BLOCK),
+    "full, all that pretrained models have": as_pretrained(decoder_config()),
+    "bswa 1, all that pretrained models have": as_pretrained(decoder_config({}, **PARALLEL, **BLOCK)),
     "blocks of one token": decoder_config({"block_size": 1, "segments": 3}),
 }
 
@@ -72,6 +75,7 @@ FAM = {
     "first residual kept, one row, three layers": fam_config({"first_residual": "fam", "fam_length": 1}, num_layers=3),
     "first residual kept, parallel": fam_config({"first_residual": "fam"}, **PARALLEL, **BLOCK),
     "window": fam_config({"window": 3, "stop_gradient": True}),
+    "all that pretrained models have": as_pretrained(fam_config()),
 }
 
 

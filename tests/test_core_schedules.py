@@ -10,6 +10,7 @@ import pytest
 from reference import (
     B,
     N,
+    as_pretrained,
     assert_close,
     assert_trees_close,
     decoder_config,
@@ -77,6 +78,7 @@ CASES = {
         }
     ),
     "bswa": decoder_config({"segments": 2, "window": 6}),
+    "fam, all that pretrained models have": as_pretrained(fam_config()),
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 from flax import serialization
 from reference import (
     B,
+    as_pretrained,
     assert_close,
     assert_trees_close,
     decoder_config,
@@ -72,6 +73,7 @@ STREAMED = {
     "fam, absolute, zero, two segments": fam_config(
         {"positions": "absolute", "fam_positions": "zero", "segments": 2}, schedule="block"
     ),
+    "fam, all that pretrained models have": as_pretrained(fam_config({"segments": 2})),
     "bswa 2, window, parallel": decoder_config({"segments": 2, "window": 6}, parallel_block=True),
 }
 

@@ -199,7 +199,7 @@ def test_bad_options_are_one_clear_line(run, tmp_path, monkeypatch, capsys):
         (["--question", "a", ""], "--question is empty"),
         (["--question", "a", "--interactive"], "give either --prompt TEXT, --prompt-file FILE"),
         (["--prompt", "a", "--system", "b"], "--system is a message of a chat; add --chat"),
-        (["--prompt", "a", "--chat"], "--chat needs a chat_template in"),
+        (["--prompt", "a", "--chat"], "--chat needs a tokenizer.json, and a chat_template in"),
         (["--prompt", "a", "--save-state", tmp_path / "s"], "--save-state keeps what was read with --context-file"),
         (["--prompt", "a", "--load-state", tmp_path / "s"], "cannot be read"),
         (["--interactive", "--context-file", "/dev/stdin"], "/dev/stdin can be read only once"),

@@ -80,6 +80,11 @@ class SentencePieceTokenizer:
     def encode(self, text: str | bytes) -> np.ndarray:
         return check_ids(np.asarray(self._model.EncodeAsIds(_text(text)), np.int64), self.vocab_size, self.name)
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its text; None if there is no such token."""
+        found = int(self._model.PieceToId(token))
+        return found if self._model.IdToPiece(found) == token else None
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return str(self._model.DecodeIds(check_ids(ids, self.vocab_size).tolist()))
 
