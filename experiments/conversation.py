@@ -308,8 +308,11 @@ def _advance(
 @partial(jax.jit, static_argnums=(0, 1))
 def _widen(model: Decoder, more: int, state: StreamState) -> StreamState:
     """The state with a cache of full attention that is larger by so many tokens."""
-    wider = ((0, 0), (0, 0), (0, more), (0, 0), (0, 0))
-    grown = dataclasses.replace(state, open_k=jnp.pad(state.open_k, wider), open_v=jnp.pad(state.open_v, wider))
+    layers = {}
+    for name, axis in (("segment_k", 3), ("segment_v", 3), ("open_k", 2), ("open_v", 2)):
+        leaf = getattr(state, name)
+        layers[name] = jnp.pad(leaf, [(0, more if at == axis else 0) for at in range(leaf.ndim)])
+    grown = dataclasses.replace(state, **layers)
     return as_before(model, grown)
 
 

@@ -163,14 +163,11 @@ def write(
     out: Any = model.apply(variables, writing.token[:, None], writing.state, lengths=writing.unread.astype(jnp.int32))
     step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, writing.number)
     token = choose(choice, out.logits[:, 0], writing.seen, heat, step_keys)
-    return Writing(
-        state=out.state,
-        token=token,
-        unread=~writing.done & (writing.number < limit),
-        done=writing.done | jnp.any(token[:, None] == stop, axis=1),
-        number=writing.number + 1,
-        seen=None if writing.seen is None else writing.seen | jax.nn.one_hot(token, out.logits.shape[-1], dtype=bool),
-    )
+    new, seen = ~writing.done & (writing.number < limit), writing.seen
+    if seen is not None:
+        seen |= new[:, None] & jax.nn.one_hot(token, out.logits.shape[-1], dtype=bool)
+    done = writing.done | jnp.any(token[:, None] == stop, axis=1)
+    return Writing(state=out.state, token=token, unread=new, done=done, number=writing.number + 1, seen=seen)
 
 
 def _on_host(x: Any) -> np.ndarray:
