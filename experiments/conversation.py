@@ -191,7 +191,8 @@ class Reader:
         if state is None:
             return initial_state(self.model, 1, more)
         missing = int(to_host(state.offset)[0]) + more - state.open_k.shape[2]
-        return state if missing <= 0 else _widen(self.model, missing, state)
+        steps = -(-missing // (4 * self._size))  # several chunks at a time: every size has programs of its own
+        return state if missing <= 0 else _widen(self.model, steps * 4 * self._size, state)
 
     def _advance(self, state: StreamState, ids: np.ndarray, aligned: bool) -> StreamState:
         """The state after up to a chunk of tokens, padded so that one program serves all lengths."""
