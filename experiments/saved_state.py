@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import struct
@@ -140,16 +141,18 @@ def load_state(path: Path, model: Decoder, about: dict[str, Any]) -> tuple[Strea
     try:
         with as_os_errors(target), target.open("rb") as file:
             found, arrays = _read(file)
-    except OSError as error:
-        raise ValueError(f"--load-state={str(target)!r} cannot be read ({first_line(error)}); check the path") from None
-    except _DAMAGE as error:
+    except (OSError, *_DAMAGE) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a wrong offset in the file gives
+            raise ValueError(
+                f"--load-state={str(target)!r} cannot be read ({first_line(error)}); check the path"
+            ) from None
         raise ValueError(
             f"--load-state={str(target)!r} is damaged, or no saved state ({first_line(error)}); read the text again "
             "with --context-file and --save-state"
         ) from None
-    if found["format"] != FORMAT:
+    if found.get("format") != FORMAT:
         raise ValueError(
-            f"--load-state={str(target)!r} has format {found['format']}, this code reads {FORMAT}; use the code that "
+            f"--load-state={str(target)!r} has format {found.get('format')}, this code reads {FORMAT}; use the code that "
             "wrote it"
         )
     for field, there, here in differences({name: found.get(name) for name in about}, about):
