@@ -152,8 +152,8 @@ def load_state(path: Path, model: Decoder, about: dict[str, Any]) -> tuple[Strea
         ) from None
     if found.get("format") != FORMAT:
         raise ValueError(
-            f"--load-state={str(target)!r} has format {found.get('format')}, this code reads {FORMAT}; use the code that "
-            "wrote it"
+            f"--load-state={str(target)!r} has format {found.get('format')}, this code reads {FORMAT}; use the code "
+            "that wrote it"
         )
     for field, there, here in differences({name: found.get(name) for name in about}, about):
         what = field.partition(".")[0]

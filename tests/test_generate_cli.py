@@ -229,3 +229,57 @@ def test_bad_checkpoints_are_one_clear_line(tmp_path):
     assert "damaged" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.count("error: ") == 1
+
+
+@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES.keys())
+def test_questions_after_a_context(memory, tmp_path, monkeypatch, capsys):
+    """Several files are one text; each question is answered as if it followed that alone; a stop text cuts."""
+    run = tiny_run.save(tiny_run.text_config(memory), tmp_path / "run")
+    first, second = (text_file(tmp_path, f"some {name} text\n" * 9, name) for name in ("first", "second"))
+    text = f"{first.read_text()}\n{second.read_text()}"
+    common = ["--checkpoint", run, "--chunk", 16, "--max-new-tokens", 6, "--context-file", first, second]
+    questions = ["who?", "x", "who?"]
+    code, out, err = main(monkeypatch, capsys, *common, "--question", *questions)
+    assert code == 0, err
+    model, variables = tiny_run.init(tiny_run.model_config(memory))
+    answers = [continue_text(model, variables, BYTES, [text, asked], 6, chunk=16) for asked in questions]
+    assert out == "".join(answer.text + "\n" for answer in answers)
+    assert f"read {len(text)} tokens of context" in err
+    assert [line for line in err.splitlines() if line.startswith("[question: ")] == [
+        f"[question: {q}]" for q in questions
+    ]
+    stop = answers[0].text[-1]
+    code, out, _ = main(monkeypatch, capsys, *common, "--prompt", "who?", "--stop", "never", stop)
+    assert (code, out) == (0, answers[0].text.partition(stop)[0] + "\n")
+
+
+def test_a_conversation_about_a_text(run, tmp_path):
+    """As typed, in a process of its own: lines of the standard input, until its end."""
+    path = text_file(tmp_path, "some text ö\n" * 9)
+    words = ["--checkpoint", run, "--context-file", path, "--interactive", "--max-new-tokens", "6", "--chunk", "16"]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.generate", *words],
+        cwd=ROOT,
+        input="wer ö?\n\nand?\n".encode(),
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    model, variables = tiny_run.init(tiny_run.model_config())
+    first = continue_text(model, variables, BYTES, [path.read_text(), "wer ö?\n"], 6, chunk=16)
+    begun = np.concatenate([BYTES.encode(path.read_text() + "wer ö?\n"), first.ids, BYTES.encode("\nand?\n")])
+    second = np.asarray(generate(model, variables, begun[None], 6, stop_tokens=(0,)).ids)[0]
+    assert done.stdout.decode() == f"{first.text}\n{BYTES.decode(second)}\n"
+    assert b"read 117 tokens of context" in done.stderr
+
+
+def test_a_piped_context(run):
+    words = ["--checkpoint", run, "--context-file", "/dev/stdin", "--prompt", "who?", "--max-new-tokens", "6"]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.generate", *words, "--chunk", "16"],
+        cwd=ROOT,
+        input=b"some text\n" * 20,
+        capture_output=True,
+    )
+    model, variables = tiny_run.init(tiny_run.model_config())
+    expected = continue_text(model, variables, BYTES, ["some text\n" * 20, "who?"], 6, chunk=16)
+    assert (done.returncode, done.stdout.decode()) == (0, expected.text + "\n")
