@@ -104,7 +104,11 @@ def _write(target: Path, arrays: dict[str, Any]) -> None:
     try:
         with as_os_errors(target):
             with beside.open("wb") as file:
-                np.savez(file, **arrays)
+                # As `numpy.savez` does, which leaves a file that it cannot write to its destructor.
+                with zipfile.ZipFile(file, "w") as entries:
+                    for name, array in arrays.items():
+                        with entries.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                            np.lib.format.write_array(entry, array, allow_pickle=False)
                 if not is_remote(target):
                     file.flush()
                     os.fsync(file.fileno())
