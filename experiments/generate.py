@@ -1,8 +1,8 @@
-"""Continues a text: `python -m experiments.generate --checkpoint DIR --prompt-file FILE`.
+"""Continues a text, or answers questions about one: `python -m experiments.generate --checkpoint DIR ...`.
 
-The prompt is read in pieces, and by the model in chunks with the state carried on, so a file of any length
-takes the same memory (but for full attention, whose cache grows with the text). The answer goes to the
-standard output, everything else to the standard error.
+Texts are read in pieces, and by the model in chunks with the state carried on, so a file of any length takes the same
+memory (but for full attention, whose cache grows with the text). Answers go to the standard output, everything else to
+the standard error.
 """
 
 from __future__ import annotations
@@ -11,55 +11,33 @@ import codecs
 import dataclasses
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 import tyro
-from jax import Array
 from tqdm import tqdm
 
+from experiments.chat import Chat, Plain, Turns, read_settings
 from experiments.checkpoint import CheckpointError, load_model
 from experiments.command import run_command
 from experiments.config import TrainConfig, reading_mesh
-from experiments.data import DataError, load_tokenizer
+from experiments.conversation import Answer, Codec, Reader, Style
+from experiments.data import DataError, TextData, load_tokenizer
 from experiments.data.passkey import PasskeyData, PasskeyTokenizer
 from experiments.data.questions import QuestionData
-from experiments.data.tokenizers import encode_pieces
+from experiments.data.tokenizers import Literal, encode_pieces
+from experiments.files import location, run_folder
 from experiments.measures import check_positive
-from experiments.spread import as_before, initial_state
-from fam_jax import Decoder, MeshConfig, StreamState, generate
-from fam_jax.call import check_ids
+from experiments.saved_state import check_target, load_state, origin, save_state
+from experiments.stored import find_checkpoint
+from fam_jax import MeshConfig, StreamState
+from fam_jax.sampling import check_choice
 
 PIECE = 1 << 16  # bytes of a prompt file that are in memory at a time
-
-
-class Codec(Protocol):
-    """What is needed of a tokenizer here; those of text may have a `separator`, which ends an answer."""
-
-    def encode(self, text: str) -> np.ndarray: ...
-
-    def decode(self, ids: np.ndarray) -> str: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What `continue_text` returns.
-
-    Attributes:
-        text: The new text.
-        ids: Its tokens, int32 [t].
-        prompt_tokens: Tokens of the prompt.
-        state: Has read the prompt and the new tokens.
-    """
-
-    text: str
-    ids: np.ndarray
-    prompt_tokens: int
-    state: StreamState
 
 
 def text_pieces(path: str | Path, size: int = PIECE) -> Iterator[str]:
@@ -95,86 +73,28 @@ def text_pieces(path: str | Path, size: int = PIECE) -> Iterator[str]:
         yield rest
 
 
-def continue_text(
-    model: Decoder,
-    variables: Any,
-    tokenizer: Codec,
-    texts: Iterable[str],
-    max_new_tokens: int,
-    *,
-    chunk: int = 512,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    key: Array | None = None,
-) -> Answer:
-    """Reads a prompt and continues it.
-
-    Args:
-        model: The decoder.
-        variables: Its parameters.
-        tokenizer: That of its training.
-        texts: The prompt in pieces, tokenized as if it came at once.
-        max_new_tokens: The answer ends here, or at the tokenizer's end of text.
-        chunk: Tokens that the model reads at a time, rounded up to whole blocks.
-        temperature: See `fam_jax.generate`, so for the others.
-        top_k: Sample among the k most likely only.
-        top_p: Sample among the most likely of this joint probability only.
-        key: Random key; needed if the temperature is above 0.
-
-    Raises:
-        ValueError: the prompt is empty or has ids that the model does not know, or an option is impossible.
-    """
-    check_positive(chunk=chunk)
-    memory, vocab = model.config.memory, model.config.vocab_size
-    size = chunk if memory is None else -(-chunk // memory.block_size) * memory.block_size
-    pieces: Iterator[np.ndarray] = (check_ids(ids, vocab, "prompt") for ids in encode_pieces(tokenizer, texts))
-    if memory is None:  # the cache is made for the whole text, so its length must be known
-        pieces = iter([np.concatenate([np.zeros(0, np.int32), *pieces])])
-    state: StreamState | None = None
-    count, held = 0, np.zeros(0, np.int32)
-    for piece in pieces:
-        held = np.concatenate([held, piece])
-        if state is None:
-            # The last piece is padded to `size`, for which a cache must have room too.
-            state = initial_state(model, 1, max(size, len(held) + max_new_tokens) if memory is None else None)
-        # The last tokens stay behind: what follows them is what is asked for.
-        full = max(len(held) - 1, 0) // size * size
-        for start in range(0, full, size):
-            state = _advance(model, variables, state, held[None, start : start + size])
-        count, held = count + len(piece), held[full:]
-    if count == 0:
-        raise ValueError("the prompt has no token; give some text")
-    end = getattr(tokenizer, "separator", None)
-    out = generate(
-        model,
-        variables,
-        np.pad(held, (0, size - len(held)))[None],  # one shape for prompts of all lengths
-        max_new_tokens,
-        lengths=np.array([len(held)]),
-        state=state,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop_tokens=() if end is None or end >= vocab else (end,),
-        key=key,
-    )
-    ids = np.asarray(out.ids)[0, : int(out.lengths[0])]
-    return Answer(tokenizer.decode(ids[:-1] if len(ids) and ids[-1] == end else ids), ids, count, out.state)
-
-
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Continues a text with a trained model.
+    """Continues a text, or answers questions about one, with a trained model.
 
     Attributes:
         checkpoint: Folder of a run, or one checkpoint in it.
-        prompt: The text to continue; this or prompt-file.
-        prompt_file: A UTF-8 text file or pipe of any length, such as /dev/stdin.
+        prompt: The text to continue, or what is asked.
+        prompt_file: The same from a UTF-8 text file or pipe of any length, such as /dev/stdin.
+        question: Several prompts, each answered as if it were the only one.
+        interactive: Prompts are lines of the standard input, a conversation until its end (Ctrl-D).
+        context_file: Text files or pipes of any length to read before, one after the other.
+        save_state: File to keep the state in after that, so that it need not be read again.
+        load_state: File of a state to begin with.
+        chat: Put prompts, and the context before the first, into the chat template of the model's tokenizer.
+        system: A message to begin the chat with, which says how to answer.
         max_new_tokens: Length of the answer, which may end before at an end of text.
+        stop: Texts that end an answer.
         temperature: 0 takes the most likely token each time; above, samples.
         top_k: Sample among the k most likely tokens only.
         top_p: Sample among the fewest most likely tokens that together have this probability.
+        min_p: Sample among tokens only that have at least this share of the most likely one's probability.
+        repetition_penalty: Above 1, tokens of prompts and answers, not of context, become less likely.
         seed: Of the sampling.
         chunk: Tokens of the prompt read at a time.
         mesh: How the devices are used, as in training.
@@ -183,94 +103,230 @@ class Options:
     checkpoint: Path
     prompt: str | None = None
     prompt_file: Path | None = None
+    question: tuple[str, ...] = ()
+    interactive: bool = False
+    context_file: tuple[Path, ...] = ()
+    save_state: Path | None = None
+    load_state: Path | None = None
+    chat: bool = False
+    system: str | None = None
     max_new_tokens: int = 200
+    stop: tuple[str, ...] = ()
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
     seed: int = 0
     chunk: int = 512
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
-def run(options: Options) -> Answer:
-    """Reads the prompt, with a progress bar on a terminal, and continues it.
+def run(
+    options: Options,
+    show: Callable[[str], None] = lambda text: None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Answer | None:
+    """Reads, with a progress bar on a terminal, and answers.
+
+    Args:
+        options: What.
+        show: Gets answers as they are written, part by part, and the end of the line after each.
+        tell: Gets a line on everything else that was done.
+
+    Returns:
+        The last answer; None if nothing was asked.
 
     Raises:
-        ValueError: an option, the prompt or its file cannot be used.
-        CheckpointError: see `load_model`.
+        ValueError: An option, a text or its file cannot be used.
+        CheckpointError: See `load_model`.
     """
     _check(options)
-    characters: int | None = None
-    if options.prompt_file is not None:
-        texts = text_pieces(options.prompt_file)
-        # A wrong file is told before the model loads; a pipe can be read only once.
-        if options.prompt_file.is_file() or not options.prompt_file.exists():
-            characters = sum(map(len, text_pieces(options.prompt_file)))
-    else:
-        assert options.prompt is not None
-        if not options.prompt:
-            raise DataError("--prompt is empty; a prompt needs some text")
-        characters, texts = len(options.prompt), iter([options.prompt])
+    size = _characters(options)
     mesh = reading_mesh(options.mesh)
-    model, variables, config = load_model(options.checkpoint, mesh=mesh)
-    tokenizer = tokenizer_of(config)
-    bar = tqdm(total=characters, unit="char", unit_scale=True, disable=None, leave=False)
-    with bar, jax.set_mesh(mesh):
-        return continue_text(
-            model,
-            variables,
-            tokenizer,
-            _counted(texts, bar),
-            options.max_new_tokens,
-            chunk=options.chunk,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            key=jax.random.key(options.seed),
-        )
+    checkpoint: Path = options.checkpoint
+    meta: dict[str, Any] = {}
+    if options.save_state is not None or options.load_state is not None:
+        checkpoint, meta, _ = find_checkpoint(options.checkpoint)
+    model, variables, config = load_model(checkpoint, mesh=mesh)
+    tokenizer, folder = tokenizer_of(config, checkpoint)
+    settings = read_settings(tokenizer, folder)
+    turns: Turns = Chat(settings, options.system) if options.chat else Plain()
+    style = {field.name: getattr(options, field.name) for field in dataclasses.fields(Style) if field.name != "ends"}
+    reader = Reader(model, variables, Style(ends=settings.ends, **style))
+    # A chat that begins with a document has a head, which a state has read.
+    about = origin(meta, tokenizer, turns.head()) if meta else {}
+    bar = tqdm(total=size, unit="char", unit_scale=True, disable=None, leave=False)
+    state: StreamState | None = None
+    tokens = 0
+    with jax.set_mesh(mesh):
+        if options.load_state is not None:
+            state, tokens = load_state(options.load_state, model, about)
+            tell(f"begins after {tokens:,} tokens, from {options.load_state}")
+        if options.context_file:
+            pieces = encode_pieces(Literal(tokenizer), _counted(_joined(options.context_file), bar))
+            if state is None:
+                pieces = _begun(chain(encode_pieces(tokenizer, [turns.head()]), pieces), settings.bos)
+            with bar:
+                start = time.perf_counter()
+                state, count = reader.read(pieces, state)
+                jax.block_until_ready(state)
+            tokens += count
+            tell(f"read {count:,} tokens of context in {time.perf_counter() - start:.1f} s; {_size(state)}")
+        if options.save_state is not None:
+            assert state is not None
+            save_state(options.save_state, state, about, tokens)
+            tell(f"wrote {options.save_state}")
+
+        def ask(texts: Iterable[str], before: Answer | None = None, turn: int = 0) -> Answer:
+            start = time.perf_counter()
+            pieces = encode_pieces(tokenizer, texts)
+            now = state if before is None else before.state
+            answer = reader.answer(
+                _begun(pieces, settings.bos) if now is None else pieces,
+                tokenizer.decode,
+                now,
+                seen=None if before is None else before.seen,
+                key=jax.random.fold_in(jax.random.key(options.seed), turn) if turn else jax.random.key(options.seed),
+                show=show,
+            )
+            show("\n")
+            tell(
+                f"read {answer.prompt_tokens:,} tokens, wrote {len(answer.ids):,}, in "
+                f"{time.perf_counter() - start:.1f} s; {_size(answer.state)}"
+            )
+            return answer
+
+        answer: Answer | None = None
+        if options.prompt_file is not None and not options.chat:
+            with bar:
+                return ask(_counted(text_pieces(options.prompt_file), bar))
+        for question in _questions(options):
+            if options.question:
+                tell(f"question: {question}")
+            answer = ask([turns.first(question, document=state is not None)])
+        if options.interactive:
+            for turn, line in enumerate(_lines()):
+                question = line.rstrip("\n") if options.chat else line
+                if answer is None:
+                    text = turns.first(question, document=state is not None)
+                else:
+                    text = turns.later(question, tokenizer.decode(answer.ids[-1:]))
+                answer = ask([text], answer, turn)
+        return answer
 
 
-def tokenizer_of(config: TrainConfig) -> Codec:
-    """The tokenizer of a run's data."""
+def tokenizer_of(config: TrainConfig, checkpoint: Path | str) -> tuple[Codec, Path]:
+    """The tokenizer of a run's data and the folder that its settings are in.
+
+    One in the run's folder, as pretrained models have it, goes with the run wherever that is moved.
+    """
+    folder = run_folder(checkpoint)
     if isinstance(config.data, QuestionData):
-        return config.data.task().tokenizer
-    return PasskeyTokenizer() if isinstance(config.data, PasskeyData) else load_tokenizer(config.data.tokenizer)
+        return config.data.task().tokenizer, folder
+    if isinstance(config.data, PasskeyData):
+        return PasskeyTokenizer(), folder
+    assert isinstance(config.data, TextData)
+    for own in (folder / "tokenizer.json", folder / "tokenizer.model"):
+        if own.exists():
+            return load_tokenizer(str(own)), folder
+    return load_tokenizer(config.data.tokenizer), location(config.data.tokenizer).parent
 
 
 def main() -> int:
     """The command line; returns the exit code."""
-    start = time.perf_counter()
     options = tyro.cli(Options, prog="python -m experiments.generate", description=Options.__doc__)
+
+    def show(text: str) -> None:
+        print(text, end="", flush=True)
+
+    def tell(line: str) -> None:
+        print(f"[{line}]", file=sys.stderr, flush=True)
+
     try:
-        answer = run(options)
+        run(options, show, tell)
     except (ValueError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(answer.text)
-    seconds = time.perf_counter() - start
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(answer.state))
-    print(
-        f"[read {answer.prompt_tokens:,} tokens, wrote {len(answer.ids):,}, in {seconds:.1f} s; "
-        f"the state has {size:,} bytes]",
-        file=sys.stderr,
-    )
     return 0
 
 
 def _check(options: Options) -> None:
-    """Raises a ValueError for what is known to be wrong before a long prompt is read.
-
-    `fam_jax.generate` checks what needs the model.
-    """
-    if (options.prompt is None) == (options.prompt_file is None):
-        raise ValueError("give either --prompt TEXT or --prompt-file FILE")
+    """Raises a ValueError for what is known to be wrong before a model is loaded or a long text read."""
+    given = {
+        "--prompt TEXT": options.prompt is not None,
+        "--prompt-file FILE": options.prompt_file is not None,
+        "--question TEXT": bool(options.question),
+        "--interactive": options.interactive,
+    }
+    if sum(given.values()) > 1 or (not any(given.values()) and options.save_state is None):
+        *most, last = given
+        raise ValueError(f"give either {', '.join(most)} or {last}")
+    for name, texts in (("prompt", (options.prompt,)), ("question", options.question), ("stop", options.stop)):
+        if "" in texts:
+            raise DataError(f"--{name} is empty; a {'text to stop at' if name == 'stop' else 'prompt'} needs some text")
+    if options.save_state is not None:
+        if not options.context_file:
+            raise ValueError("--save-state keeps what was read with --context-file FILE; give that too")
+        check_target(options.save_state)
+    if options.system is not None and not options.chat:
+        raise ValueError("--system is a message of a chat; add --chat, or leave it out")
+    pipes = [path for path in (*options.context_file, options.prompt_file) if path == Path("/dev/stdin")]
+    if len(pipes) + options.interactive > 1:
+        raise ValueError("/dev/stdin can be read only once; put one of the texts into a file")
     check_positive(max_new_tokens=options.max_new_tokens, top_k=options.top_k, chunk=options.chunk)
+    limits = (options.top_p, options.min_p, options.repetition_penalty)
+    check_choice(options.top_k or 1, options.temperature, options.top_k, *limits)  # any vocabulary has so many
     if not 0 <= options.seed < 2**63:
         raise ValueError(f"seed={options.seed} is not allowed; it must be at least 0 and below 2**63")
-    if not 0 <= options.temperature < float("inf"):
-        raise ValueError(f"temperature={options.temperature} is not allowed; it must be at least 0")
-    if options.top_p is not None and not 0 < options.top_p <= 1:
-        raise ValueError(f"top_p={options.top_p} is not allowed; it must be above 0 and at most 1")
+
+
+def _characters(options: Options) -> int | None:
+    """How many will be read in pieces; None if it is not known, as of pipes, which can be read only once.
+
+    Wrong files are told here, before the model loads.
+    """
+    paths = [*options.context_file, *(() if options.prompt_file is None else (options.prompt_file,))]
+    files = [path.is_file() or not path.exists() for path in paths]
+    sizes = [sum(map(len, text_pieces(path))) for path, file in zip(paths, files, strict=True) if file]
+    return sum(sizes) if all(files) else None
+
+
+def _questions(options: Options) -> tuple[str, ...]:
+    if options.prompt_file is not None:  # the template takes it in one piece
+        return ("".join(text_pieces(options.prompt_file)),)
+    return options.question if options.prompt is None else (options.prompt,)
+
+
+def _lines() -> Iterator[str]:
+    """Lines of the standard input that are not blank; on a terminal with a sign that it is the reader's turn."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line
+
+
+def _joined(paths: Iterable[Path]) -> Iterator[str]:
+    """The texts of files, one after the other; each begins a line."""
+    for number, path in enumerate(paths):
+        if number:
+            yield "\n"
+        yield from text_pieces(path)
+
+
+def _begun(pieces: Iterable[np.ndarray], bos: int | None) -> Iterator[np.ndarray]:
+    """The ids of a text from its beginning, with the token that begins texts unless it is there or is not used."""
+    first = True
+    for ids in pieces:
+        if first and len(ids):
+            first = False
+            if bos is not None and ids[0] != bos:
+                yield np.array([bos], np.int32)
+        yield ids
 
 
 def _counted(texts: Iterable[str], bar: tqdm) -> Iterator[str]:
@@ -280,11 +336,8 @@ def _counted(texts: Iterable[str], bar: tqdm) -> Iterator[str]:
         bar.update(len(text))
 
 
-@partial(jax.jit, static_argnums=0)
-def _advance(model: Decoder, variables: Any, state: StreamState, tokens: Array) -> StreamState:
-    """The state after whole blocks [1, t] of a prompt; the unused logits are not computed."""
-    out: Any = model.apply(variables, tokens, state, aligned=model.config.memory is not None)
-    return as_before(model, out.state)
+def _size(state: StreamState) -> str:
+    return f"the state has {sum(leaf.nbytes for leaf in jax.tree.leaves(state)):,} bytes"
 
 
 if __name__ == "__main__":

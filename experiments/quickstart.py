@@ -26,8 +26,8 @@ from experiments import configs, data, report, results
 from experiments.checkpoint import CheckpointError
 from experiments.command import run_command
 from experiments.config import TrainConfig
+from experiments.conversation import continue_text
 from experiments.data.passkey import Passkey, PasskeyData
-from experiments.generate import continue_text
 from experiments.measures import loss_by_position, passkey_accuracy
 from experiments.process import BusyError, Stopped
 from experiments.train import NonFiniteError, TrainResult, train

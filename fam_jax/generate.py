@@ -1,6 +1,5 @@
 """Generation: greedy or sampled, batched, with the streaming state passed in and out."""
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from jax.experimental import multihost_utils
 from fam_jax.call import as_array, check_ids
 from fam_jax.config import check_int
 from fam_jax.decoder import Decoder
+from fam_jax.sampling import Choice, check_choice, choose
 from fam_jax.state import StreamState, check_state
 
 
@@ -44,6 +44,8 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     stop_tokens: Sequence[int] = (),
     key: Array | None = None,
 ) -> GenerateOutput:
@@ -62,6 +64,9 @@ def generate(
         temperature: 0 takes the most likely token; above, logits are divided by it before sampling.
         top_k: Sample among the k most likely tokens only.
         top_p: Sample among the fewest most likely tokens that together have at least this probability.
+        min_p: Sample among the tokens only that have at least this share of the most likely one's probability.
+        repetition_penalty: Above 1, tokens of the prompt and of what is generated become less likely, greedy or not:
+            their logits are divided by it, negative ones multiplied. What the state has read does not count.
         stop_tokens: Ids that end a row.
         key: Random key; needed if the temperature is above 0.
 
@@ -83,17 +88,7 @@ def generate(
         raise ValueError(f"lengths={lengths.tolist()} is not allowed; each row needs 1 to {time} prompt tokens")
     check_int("generate", "max_new_tokens", max_new_tokens, 1)
     max_new_tokens = int(max_new_tokens)
-    heat = _number(temperature)
-    if not 0 <= heat < math.inf:
-        raise ValueError(f"temperature={temperature!r} is not allowed; it must be 0 (greedy) or a positive number")
-    if top_k is not None:
-        check_int("generate", "top_k", top_k, 1)
-        if top_k > vocab:
-            raise ValueError(f"top_k={top_k} is not allowed; it must be at most the vocabulary, {vocab}")
-        top_k = int(top_k)
-    nucleus = None if top_p is None else _number(top_p)
-    if nucleus is not None and not 0 < nucleus <= 1:
-        raise ValueError(f"top_p={top_p!r} is not allowed; it must be above 0 and at most 1")
+    choice, heat = check_choice(vocab, temperature, top_k, top_p, min_p, repetition_penalty)
     if heat > 0 and key is None:
         raise ValueError(f"temperature={temperature!r} samples, which needs key=jax.random.key(seed)")
     stop = check_ids(stop_tokens, vocab, "stop_tokens")
@@ -101,29 +96,78 @@ def generate(
         raise ValueError(f"stop_tokens={stop_tokens!r} is not allowed; give a sequence of ids")
     state = _check_room(model, state, lengths, max_new_tokens)
 
-    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(0) if key is None else key))(jnp.arange(batch))
     return _generate(
         model,
         max_new_tokens,
-        heat == 0,
-        top_k,
-        nucleus,
+        choice,
         variables,
         jnp.asarray(prompt),
         jnp.asarray(lengths, jnp.int32),
         state,
         jnp.asarray(stop),
         jnp.float32(heat),
-        keys,
+        row_keys(key, batch),
     )
 
 
-def _number(value: Any) -> float:
-    """A number of any type as float; NaN for anything else, which no comparison admits."""
-    try:
-        return math.nan if isinstance(value, (bool, str, bytes)) else float(value)
-    except (TypeError, ValueError):
-        return math.nan
+def row_keys(key: Array | None, batch: int) -> Array:
+    """The random key of each row, which does not depend on how many there are: [b]."""
+    return jax.vmap(partial(jax.random.fold_in, jax.random.key(0) if key is None else key))(jnp.arange(batch))
+
+
+@struct.dataclass
+class Writing:
+    """Rows of text on their way, as a value: `write` adds a token to each.
+
+    Attributes:
+        state: Has read all tokens, but for the last of the rows that are unread.
+        token: The last token of each row: int32 [b].
+        unread: The state has not read it: bool [b].
+        done: A stop token was the last: bool [b].
+        number: Calls of `write` so far: int32 [].
+        seen: Tokens that a repetition penalty counts: bool [b, v]; None without one.
+    """
+
+    state: StreamState
+    token: Array
+    unread: Array
+    done: Array
+    number: Array
+    seen: Array | None
+
+    @classmethod
+    def begin(cls, state: StreamState, token: Array, seen: Array | None) -> "Writing":
+        """Prompts of which the state has read all but the last token, int32 [b]."""
+        ones = jnp.ones(token.shape, bool)
+        return cls(state=state, token=token, unread=ones, done=~ones, number=jnp.int32(0), seen=seen)
+
+
+def write(
+    model: Decoder, choice: Choice, variables: Any, writing: Writing, limit: Any, stop: Array, heat: Array, keys: Array
+) -> Writing:
+    """Reads the last token of each row and chooses the next.
+
+    Args:
+        model: The decoder.
+        choice: How the next token is chosen.
+        variables: The model's parameters.
+        writing: The rows so far.
+        limit: Tokens that a row may get; at this number the last are read, and none is chosen any more: int32 [].
+        stop: Ids that end a row: int32 [n].
+        heat: Temperature: float32 [].
+        keys: Random key of each row: [b].
+
+    Returns:
+        The rows with their new tokens: those that are unread have got one.
+    """
+    out: Any = model.apply(variables, writing.token[:, None], writing.state, lengths=writing.unread.astype(jnp.int32))
+    step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, writing.number)
+    token = choose(choice, out.logits[:, 0], writing.seen, heat, step_keys)
+    new, seen = ~writing.done & (writing.number < limit), writing.seen
+    if seen is not None:
+        seen |= new[:, None] & jax.nn.one_hot(token, out.logits.shape[-1], dtype=bool)
+    done = writing.done | jnp.any(token[:, None] == stop, axis=1)
+    return Writing(state=out.state, token=token, unread=new, done=done, number=writing.number + 1, seen=seen)
 
 
 def _on_host(x: Any) -> np.ndarray:
@@ -150,54 +194,32 @@ def _check_room(model: Decoder, state: StreamState | None, lengths: np.ndarray, 
     return state
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _generate(model, max_new_tokens, greedy, top_k, top_p, variables, prompt, lengths, state, stop, temperature, keys):
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(model, max_new_tokens, choice, variables, prompt, lengths, state, stop, heat, keys):
     # All but the last token of each prompt: nobody needs their logits, so that XLA never computes them.
     state = model.apply(variables, prompt, state, lengths=lengths - 1).state
     last = jnp.take_along_axis(prompt, (lengths - 1)[:, None], axis=1)[:, 0]
-    batch = prompt.shape[0]
-
-    def choose(logits, number):
-        if greedy:
-            return jnp.argmax(logits, axis=-1)
-        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
-        return jax.vmap(jax.random.categorical)(step_keys, _filter(logits / temperature, top_k, top_p))
+    batch, time = prompt.shape
+    seen = None
+    if choice.penalty != 1:
+        real = jnp.arange(time) < lengths[:, None]
+        seen = jnp.zeros((batch, model.config.vocab_size), bool).at[jnp.arange(batch)[:, None], prompt].max(real)
 
     def running(carry):
-        *_, unread, _ = carry
-        return jnp.any(unread)
+        return jnp.any(carry[0].unread)
 
     def step(carry):
-        number, ids, count, state, token, unread, done = carry
-        out = model.apply(variables, token[:, None], state, lengths=unread.astype(jnp.int32))
-        token = choose(out.logits[:, 0], number).astype(jnp.int32)
-        new = ~done & (number < max_new_tokens)
-        ids = jnp.where((jnp.arange(max_new_tokens) >= number) & new[:, None], token[:, None], ids)
-        done |= jnp.any(token[:, None] == stop, axis=1)
-        return number + 1, ids, count + new, out.state, token, new, done
+        writing, ids, count = carry
+        number, writing = writing.number, write(model, choice, variables, writing, max_new_tokens, stop, heat, keys)
+        new = writing.unread[:, None]
+        # A row that has stopped repeats its last token.
+        ids = jnp.where((jnp.arange(max_new_tokens) >= number) & new, writing.token[:, None], ids)
+        return writing, ids, count + writing.unread
 
     carry = (
-        0,
+        Writing.begin(state, last, seen),
         jnp.zeros((batch, max_new_tokens), jnp.int32),
         jnp.zeros((batch,), jnp.int32),
-        state,
-        last,
-        jnp.ones((batch,), bool),
-        jnp.zeros((batch,), bool),
     )
-    _, ids, count, state, *_ = jax.lax.while_loop(running, step, carry)
-    return GenerateOutput(ids=ids, lengths=count, state=state)
-
-
-def _filter(logits: Array, top_k: int | None, top_p: float | None) -> Array:
-    """Sets the logits [b, v] that may not be sampled to -inf; ties at an edge stay in."""
-    if top_k is not None:
-        smallest = jax.lax.top_k(logits, top_k)[0][:, -1:]
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    if top_p is not None:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        probabilities = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        smallest = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    return logits
+    writing, ids, count = jax.lax.while_loop(running, step, carry)
+    return GenerateOutput(ids=ids, lengths=count, state=writing.state)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fam_jax import Decoder, DecoderConfig, MemoryConfig, RSPState, generate
+from fam_jax.sampling import Choice
 
 CONFIG = DecoderConfig(
     vocab_size=11,
@@ -164,9 +165,7 @@ def test_generate_keeps_no_logits_of_the_prompt(variables):
         return generate.__globals__["_generate"].lower(
             model,
             2,
-            True,
-            None,
-            None,
+            Choice(),
             large,
             tokens,
             jnp.full(len(tokens), tokens.shape[1]),

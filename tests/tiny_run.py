@@ -18,7 +18,7 @@ FAM = MemoryConfig(block_size=8, fam_length=2)
 BSWA = MemoryConfig(block_size=8)
 
 
-def model_config(memory: MemoryConfig | None = FAM, vocab_size: int = 256) -> DecoderConfig:
+def model_config(memory: MemoryConfig | None = FAM, vocab_size: int = 256, **more) -> DecoderConfig:
     return DecoderConfig(
         vocab_size=vocab_size,
         num_layers=2,
@@ -28,6 +28,7 @@ def model_config(memory: MemoryConfig | None = FAM, vocab_size: int = 256) -> De
         head_dim=8,
         d_ff=32,
         memory=memory,
+        **more,
     )
 
 

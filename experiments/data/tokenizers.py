@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,6 +80,11 @@ class SentencePieceTokenizer:
     def encode(self, text: str | bytes) -> np.ndarray:
         return check_ids(np.asarray(self._model.EncodeAsIds(_text(text)), np.int64), self.vocab_size, self.name)
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its text; None if there is no such token."""
+        found = int(self._model.PieceToId(token))
+        return found if self._model.IdToPiece(found) == token else None
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return str(self._model.DecodeIds(check_ids(ids, self.vocab_size).tolist()))
 
@@ -108,6 +113,19 @@ class HuggingFaceTokenizer:
     def encode(self, text: str | bytes) -> np.ndarray:
         ids = self._model.encode(_text(text), add_special_tokens=False).ids
         return check_ids(np.asarray(ids, np.int64), self.vocab_size, self.name)
+
+    def encode_literally(self, text: str) -> np.ndarray:
+        """Ids of a text that is nothing but text: one that spells a special token does not become it."""
+        self._model.encode_special_tokens = True
+        try:
+            return self.encode(text)
+        finally:
+            self._model.encode_special_tokens = False
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its text; None if there is no such token."""
+        found: int | None = self._model.token_to_id(token)
+        return found
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return str(self._model.decode(check_ids(ids, self.vocab_size).tolist(), skip_special_tokens=False))
@@ -141,6 +159,13 @@ class Encodes(Protocol):
     def encode(self, text: str) -> np.ndarray: ...
 
 
+class Literal:
+    """A tokenizer for texts whose author is not to have special tokens, such as documents."""
+
+    def __init__(self, tokenizer: Encodes):
+        self.encode: Callable[[str], np.ndarray] = getattr(tokenizer, "encode_literally", tokenizer.encode)
+
+
 def encode_pieces(tokenizer: Encodes, texts: Iterable[str]) -> Iterator[np.ndarray]:
     """Encodes a text that comes in pieces as if it came at once.
 
@@ -157,7 +182,9 @@ def encode_pieces(tokenizer: Encodes, texts: Iterable[str]) -> Iterator[np.ndarr
       Ids, int32 [t]; joined they are those of the text. Where the tokenizer has one token for the end of a word and the
       blank after it, a piece is encoded by itself, and only its text is the same.
     """
-    if type(tokenizer) is ByteTokenizer:  # any cut will do, and a file without a blank need not fit into memory
+    if (
+        getattr(tokenizer.encode, "__func__", None) is ByteTokenizer.encode
+    ):  # any cut will do, and a file without a blank need not fit into memory
         yield from map(tokenizer.encode, texts)
         return
     before = held = ""
