@@ -26,10 +26,11 @@ from experiments import harness_tasks, report, results
 from experiments.checkpoint import CheckpointError, load_model
 from experiments.command import run_command
 from experiments.config import TrainConfig, reading_mesh
-from experiments.data import DataError, TextData, load_tokenizer
+from experiments.data import DataError, TextData
 from experiments.data.cache import read_json
 from experiments.data.olmo_eval import prepare
 from experiments.files import location, run_folder
+from experiments.generate import tokenizer_of
 from experiments.measures import check_positive
 from experiments.stored import find_checkpoint
 from experiments.typed import to_json
@@ -112,6 +113,7 @@ def run(options: Options) -> tuple[results.Result, Path]:
             f"checkpoint={str(options.checkpoint)!r}: the run {config.name!r} was not trained on text, which the "
             "harness's tasks are made of; use another, or experiments.evaluate"
         )
+    tokenizer: Any = tokenizer_of(config, options.checkpoint)[0]
     output = results.make_directory(options.output or run_folder(options.checkpoint) / "results")
     tasks, manifest = _tasks(options, config.data)
 
@@ -121,7 +123,7 @@ def run(options: Options) -> tuple[results.Result, Path]:
         wrapped = HarnessModel(
             model,
             variables,
-            load_tokenizer(config.data.tokenizer),
+            tokenizer,
             batch_size=options.batch_size,
             chunk=options.chunk,
             max_length=options.max_length,

