@@ -131,8 +131,8 @@ def import_model(model: str, output: Path | None = None, progress: bool = False)
             raise DataError(
                 f"{found[0]} has {ids} ids, and the model {config.vocab_size}: it is another model's; give its own"
             )
-        data = TextData(tokenizer=str(target.absolute() / found[0]), mode="packed")
-        run = TrainConfig(target.name, config, data, steps=1, eval_every=0, work_dir=str(target.absolute()))
+        data = TextData(tokenizer=str(target / found[0]), mode="packed")
+        run = TrainConfig(target.name, config, data, steps=1, eval_every=0, work_dir=str(target))
         checkpoints = Checkpoints(partial / "checkpoints", keep=1)
         checkpoints.save(0, params, {"step": jnp.zeros((), jnp.int32)}, run, {})
         checkpoints.close()
