@@ -17,7 +17,7 @@ from jax import Array
 
 from experiments.data.tokenizers import encode_pieces
 from experiments.measures import check_positive
-from experiments.spread import as_before, initial_state, to_host
+from experiments.spread import as_before, initial_state, read_on, to_host
 from fam_jax import Decoder, StreamState
 from fam_jax.call import check_ids
 from fam_jax.config import check_int
@@ -197,7 +197,7 @@ class Reader:
     def _advance(self, state: StreamState, ids: np.ndarray, aligned: bool) -> StreamState:
         """The state after up to a chunk of tokens, padded so that one program serves all lengths."""
         tokens = np.pad(ids, (0, self._size - len(ids)))[None]
-        return _advance(self.model, aligned, self.variables, state, tokens, np.array([len(ids)], np.int32))
+        return read_on(self.model, aligned, self.variables, state, tokens, np.array([len(ids)], np.int32))
 
     def _write(self, writing: Writing, limit: int, keys: Array) -> Writing:
         heat = np.float32(self._heat)
@@ -295,15 +295,6 @@ def _noted(pieces: Iterable[np.ndarray], seen: np.ndarray) -> Iterator[np.ndarra
     for ids in pieces:
         seen[check_ids(ids, len(seen), "prompt")] = True
         yield ids
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _advance(
-    model: Decoder, aligned: bool, variables: Any, state: StreamState, tokens: Array, lengths: Array
-) -> StreamState:
-    """The state after the first tokens of [1, t]; the unused logits are not computed."""
-    out: Any = model.apply(variables, tokens, state, lengths=lengths, aligned=aligned)
-    return as_before(model, out.state)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from experiments.distributed import is_main
 from experiments.measures import check_positive
-from experiments.spread import as_before, initial_state, to_host
+from experiments.spread import as_before, initial_state, read_on, to_host
 from fam_jax import Decoder, StreamState, generate
 
 NARROWEST = 16  # columns of the smallest chunk
@@ -160,7 +160,7 @@ class Reader:
                         break
                     # The state of `out` has read its last token too, which has to be the next prompt.
                     before = np.concatenate([last, ids[:, :-1]], axis=1)
-                    state = _read(self.model, False, self.variables, state, before, np.full(len(before), steps))
+                    state = read_on(self.model, False, self.variables, state, before, np.full(len(before), steps))
                     last = ids[:, -1:]
                 bar.update(len(batch))
         return found
@@ -183,7 +183,7 @@ class Reader:
         state = initial_state(self.model, count, _round_up(room, NARROWEST) if full else None)
         for start in range(0, shared, self._size):
             tokens, real = _columns(rows[:1], np.array([shared]), start, self._size)
-            state = _read(self.model, not full, self.variables, state, tokens, real)
+            state = read_on(self.model, not full, self.variables, state, tokens, real)
         if shared:
             state = _pick(self.model, state, np.zeros(len(lengths), np.int32))
         block = self._block
@@ -191,7 +191,7 @@ class Reader:
             tokens, real = _columns(rows, lengths, start, width)
             # What starts inside a block costs a block more.
             aligned = not full and not (np.minimum(lengths, start) % block).any()
-            state = _read(self.model, aligned, self.variables, state, tokens, real)
+            state = read_on(self.model, aligned, self.variables, state, tokens, real)
         return state
 
     def _score(self, state: StreamState, texts: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Score]:
@@ -274,15 +274,6 @@ def _bar(total: int, label: str, progress: bool) -> tqdm:
 @partial(jax.jit, static_argnums=0)
 def _pick(model: Decoder, state: StreamState, rows: Array) -> StreamState:
     return as_before(model, state.rows(rows))
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _read(
-    model: Decoder, aligned: bool, variables: Any, state: StreamState, tokens: Array, lengths: Array
-) -> StreamState:
-    """The state after the real ones of the tokens [b, t]; their logits are not computed."""
-    out: Any = model.apply(variables, tokens, state, lengths=lengths, aligned=aligned)
-    return as_before(model, out.state)
 
 
 @partial(jax.jit, static_argnums=0)

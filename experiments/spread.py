@@ -7,6 +7,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import jax
+from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -36,6 +37,15 @@ def as_before(model: Decoder, state: StreamState) -> StreamState:
     if mesh.empty or mesh.size == 1:
         return state
     return jax.lax.with_sharding_constraint(state, tree_shardings(model.config.sharding, mesh, state))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def read_on(
+    model: Decoder, aligned: bool, variables: Any, state: StreamState, tokens: Array, lengths: Array
+) -> StreamState:
+    """The state after the first `lengths` [b] of the tokens [b, t]; their logits are not computed."""
+    out: Any = model.apply(variables, tokens, state, lengths=lengths, aligned=aligned)
+    return as_before(model, out.state)
 
 
 def to_host(tree: Any) -> Any:

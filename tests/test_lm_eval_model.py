@@ -102,8 +102,8 @@ def test_what_all_texts_begin_with_is_read_once(memory, monkeypatch):
     examples = rng.integers(1, 256, 37)
     contexts = [np.concatenate([examples, rng.integers(1, 256, n)]).astype(np.int32) for n in (0, 1, 9, 30)]
     asked = [(context, rng.integers(1, 256, n).astype(np.int32)) for n in (1, 4) for context in contexts]
-    read, rows = scoring._read, []
-    monkeypatch.setattr(scoring, "_read", lambda *given: rows.append(given[4].shape[0]) or read(*given))
+    read, rows = scoring.read_on, []
+    monkeypatch.setattr(scoring, "read_on", lambda *given: rows.append(given[4].shape[0]) or read(*given))
     model, variables = tiny_run.init(tiny_run.model_config(memory))
     got = Reader(model, variables, 4, 16).scores(asked, progress=False)
     assert rows == [1, 1, 4, 4, 4]  # 32 tokens, and up to 34 more
@@ -215,11 +215,11 @@ def test_few_programs_serve_all_lengths():
     rng = np.random.default_rng(1)
     model, variables = tiny_run.init(dataclasses.replace(tiny_run.model_config(), d_ff=40))
     reader = Reader(model, variables, 2, 32)
-    before = scoring._read._cache_size(), scoring._losses._cache_size()
+    before = scoring.read_on._cache_size(), scoring._losses._cache_size()
     for _ in range(3):
         lengths = rng.integers(1, 150, (9, 2))
         reader.scores([(np.ones(c, np.int32), np.ones(k, np.int32)) for c, k in lengths], progress=False)
-    assert scoring._read._cache_size() - before[0] <= 2 * 2 * 2  # widths 16 and 32; one row or two; aligned or not
+    assert scoring.read_on._cache_size() - before[0] <= 2 * 2 * 2  # widths 16 and 32; one row or two; aligned or not
     assert scoring._losses._cache_size() - before[1] <= 2 * 2
 
 
