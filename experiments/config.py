@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -50,6 +51,8 @@ class TrainConfig:
         keep_best: So many checkpoints of the lowest validation loss are kept, too. Each checkpoint needs an evaluation.
         init_from: A run, or one checkpoint of it, whose parameters this run begins with. Its model may have another
             memory, mixing or lora: FAM is added to a trained model so, or its length changed.
+        prompt_token: With `init_from` of a model without a FAM: the token that the FAM prompt begins like, best the one
+            that texts begin with. None: noise as large as embeddings are.
         train_mixing: With `model.lora`, train what mixes layers, too, beside LoRA and the FAM prompt.
         work_dir: Folder of checkpoints, metrics and the config, also in object storage (`gs://BUCKET/...`); None is
             `runs/NAME`.
@@ -73,6 +76,7 @@ class TrainConfig:
     keep_every: int = 0
     keep_best: int = 0
     init_from: str | None = None
+    prompt_token: int | None = None
     train_mixing: bool = False
     work_dir: str | None = None
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -120,6 +124,12 @@ class TrainConfig:
             )
         if self.z_loss < 0:
             raise ValueError(f"TrainConfig.z_loss={self.z_loss!r} is not allowed; it must be at least 0")
+        token = self.prompt_token
+        if token is not None and not (self.init_from and self.model.fam_length and 0 <= token < self.model.vocab_size):
+            raise ValueError(
+                f"TrainConfig.prompt_token={token} is not allowed; it must be below model.vocab_size="
+                f"{self.model.vocab_size}, and needs init_from and a FAM, whose prompt begins like it"
+            )
         if not self.name or self.name in (".", "..") or "/" in self.name:
             raise ValueError(
                 f"TrainConfig.name={self.name!r} is not allowed; it names a folder, so it needs letters and no slash"
@@ -144,11 +154,14 @@ def check(config: TrainConfig) -> None:
     """
     make_schedule(config.optim, config.steps)
     memory, data = config.model.memory, config.data
+    tokenizer: Any
     if isinstance(data, TextData):
         tokenizer = load_tokenizer(data.tokenizer)
         vocabulary, what, shortest = tokenizer.vocab_size, f"data.tokenizer={data.tokenizer!r}", data.length
     elif isinstance(data, PasskeyData):
-        vocabulary, what, shortest = data.vocab_size, "the PassKey task", data.blocks[0] * data.block_size
+        data.check_lengths()
+        tokenizer = data.load_tokenizer()
+        vocabulary, what, shortest = tokenizer.vocab_size, "the PassKey task", data.blocks[0] * data.block_size
         if config.eval_every:
             raise ValueError(
                 f"eval_every={config.eval_every} is not allowed: PassKey has no validation split, since "

@@ -14,7 +14,7 @@ from jax import Array
 from experiments import data
 from experiments.config import TrainConfig
 from experiments.data import TextData
-from experiments.data.passkey import Passkey, PasskeyData, PasskeyTokenizer
+from experiments.data.passkey import Passkey, PasskeyData
 from experiments.data.questions import QuestionData
 from experiments.step import make_eval_step, means
 from fam_jax import Decoder, DecoderConfig
@@ -108,7 +108,7 @@ def tokenizer_of(config: TrainConfig) -> Any:
     """The tokenizer of a run's data."""
     if isinstance(config.data, TextData):
         return data.load_tokenizer(config.data.tokenizer)
-    return PasskeyTokenizer() if isinstance(config.data, PasskeyData) else config.data.task().tokenizer
+    return config.data.load_tokenizer() if isinstance(config.data, PasskeyData) else config.data.task().tokenizer
 
 
 def word(tokenizer: Any, token: int) -> str:

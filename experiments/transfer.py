@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from experiments.config import TrainConfig
 from experiments.distributed import waiting
 from experiments.stored import find_checkpoint
 from experiments.typed import differences, to_json
+from fam_jax.fam import new_prompt
 
 # Fields of the model that the parameters they share do not depend on.
 _FREE = re.compile(r"(memory|mixing|lora|sharding)(\..*)?|schedule|remat|scan_layers|dtype")
@@ -27,7 +29,8 @@ _FREE = re.compile(r"(memory|mixing|lora|sharding)(\..*)?|schedule|remat|scan_la
 def take_parameters(path: str, config: TrainConfig, params: Any, say: Callable[[str], None]) -> Any:
     """The parameters of a checkpoint where a model has the same, and the model's own where it has not.
 
-    A FAM prompt of another length is cut, or goes on with the new one's rows.
+    A FAM prompt of another length is cut, or goes on with the new one's rows. Where there was none, it begins like
+    `config.prompt_token`, see `fam_jax.fam.new_prompt`.
 
     Args:
         path: A run's folder, or one checkpoint in it.
@@ -61,6 +64,9 @@ def take_parameters(path: str, config: TrainConfig, params: Any, say: Callable[[
         kept = old["fam_prompt"][: new.shape[0]]
         taken["fam_prompt"] = jax.device_put(new.at[: len(kept)].set(kept), new.sharding)
         say(f"  fam_prompt has {new.shape[0]} rows; {len(kept)} are taken over")
+    elif "fam_prompt" in wanted and "fam_prompt" not in stored:
+        begin = jax.jit(partial(new_prompt, token=config.prompt_token), out_shardings=wanted["fam_prompt"].sharding)
+        params = {**params, "fam_prompt": begin(wanted["fam_prompt"], taken["embed"])}
     fresh, left = sorted(wanted.keys() - taken.keys()), sorted(stored.keys() - wanted.keys())
     if fresh:
         say(f"  new: {', '.join(fresh)}")

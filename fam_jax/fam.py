@@ -229,6 +229,29 @@ def scan_blocks(
     return sequence.from_last(fam), Source(fam_k, fam_v), sequence.total(kept[0]), slots
 
 
+def new_prompt(rows: Array, embed: Array, token: int | None = None) -> Array:
+    """The FAM prompt that a trained model begins with.
+
+    Models learn to leave attention that nothing needs on the token that texts begin with. Rows that resemble it do
+    little harm before any training, and stand in for it where a window has lost it.
+
+    Args:
+        rows: Noise of variance 1 that tells the rows apart: [f, d].
+        embed: The model's embedding: [v, d].
+        token: Of which the rows are copies, but for a tenth of noise; None makes them noise as large as embeddings are.
+
+    Returns:
+        The prompt [f, d].
+
+    Raises:
+        ValueError: There is no such token.
+    """
+    if token is not None and not 0 <= token < len(embed):
+        raise ValueError(f"prompt_token={token!r} is not allowed; it must be one of the {len(embed)} tokens, or None")
+    size = jnp.std(embed)
+    return (size * rows if token is None else embed[token] + 0.1 * size * rows).astype(rows.dtype)
+
+
 def climb(
     config: DecoderConfig, mixer: Mixer, params: LayerParams, carry: Array, depth: Depth
 ) -> tuple[Array, Array, Depth]:

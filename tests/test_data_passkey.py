@@ -190,6 +190,41 @@ def test_tokenizer():
         tokenizer.encode("The wumpus is green.")
 
 
+@pytest.mark.parametrize("filler", ["loop", "decoys"])
+def test_another_tokenizer_reads_the_text_as_it_is_written(filler):
+    config = PasskeyData(block_size=64, blocks=(8,), tokenizer="bytes", filler=filler)
+    task = Passkey(config)
+    config.check_lengths()
+    batch = task.sample(np.random.default_rng(0), 6, 9)
+    assert batch["tokens"].shape == (6, 9 * 64)
+    for tokens, targets, weights in zip(*(batch[name] for name in ("tokens", "targets", "weights")), strict=True):
+        text = task.tokenizer.decode([*tokens, targets[-1]])
+        assert text.startswith(f"{TASK} ")
+        key = text[-5:]
+        assert key.isdecimal()
+        assert text.endswith(f" {QUESTION} {key}")
+        assert f" {KEY.format(key=key)}" in text
+        assert task.tokenizer.decode(targets[weights > 0]) == f" {key}"
+    first = Passkey(PasskeyData(block_size=64, blocks=(8,), tokenizer="bytes", depth="first"))
+    ids = first.sample(np.random.default_rng(0), 1, 9)["tokens"][0]
+    assert first.tokenizer.decode(ids).partition("is the pass key.")[2].startswith(" " + " ".join(FILLER[:3]))
+
+
+def test_lengths_count_the_ids_of_the_tokenizer():
+    config = PasskeyData(block_size=8, blocks=(10,), tokenizer="bytes")  # enough for words
+    with pytest.raises(ValueError, match=rf"blocks=\(10,\): must be at least {config.shortest} with block_size=8"):
+        config.check_lengths()
+    assert config.shortest > 20
+
+
+def test_a_position_belongs_to_a_vocabulary_and_not_to_its_place():
+    settings = {"block_size": 64, "blocks": (8,), "batch_size": 2}
+    state = PasskeyBatches(PasskeyData(**settings, tokenizer="bytes")).get_state()
+    PasskeyBatches(PasskeyData(**settings, tokenizer="bytes")).set_state(state)
+    with pytest.raises(DataError, match="tokenizer='bytes', not None"):
+        PasskeyBatches(PasskeyData(**settings)).set_state(state)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

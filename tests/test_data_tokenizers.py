@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.data import DataError, load_tokenizer
-from experiments.data.passkey import PasskeyTokenizer
+from experiments.data.passkey import KEY, QUESTION, TASK, Passkey, PasskeyData, PasskeyTokenizer
 from experiments.data.tokenizers import encode_pieces
 from fam_jax.call import check_ids
 
@@ -54,6 +54,19 @@ def tokenizer_json(tmp_path_factory):
     tokenizer.enable_padding(length=4096)
     tokenizer.save(str(path))
     return path
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece_model", "tokenizer_json"])
+def test_pass_keys_in_the_ids_of_a_pretrained_model(kind, request):
+    config = PasskeyData(block_size=16, blocks=(60,), tokenizer=str(request.getfixturevalue(kind)), depth="first")
+    task = Passkey(config)
+    batch = task.sample(np.random.default_rng(0), 2, config.shortest + 2)
+    for tokens, targets, weights in zip(*(batch[name] for name in ("tokens", "targets", "weights")), strict=True):
+        text = task.tokenizer.decode([*tokens, targets[-1]])
+        key = text[-5:]
+        assert text.startswith(f"{TASK} {KEY.format(key=key)} The grass is green. The sky")
+        assert text.endswith(f" {QUESTION} {key}")
+        assert task.tokenizer.decode(targets[weights > 0]).strip() == key
 
 
 def test_bytes():

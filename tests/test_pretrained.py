@@ -175,6 +175,10 @@ def test_with_fam_and_lime_on_a_mesh(tmp_path):
     embeddings, prompt = np.std(params["embed"]), np.std(found["fam_prompt"])
     assert 0.5 * embeddings < prompt < 1.5 * embeddings
     assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(found))
+    _, like = pretrained.load(tmp_path, mesh=mesh, memory=memory, prompt_token=5)
+    assert np.abs(np.asarray(like["fam_prompt"]) - params["embed"][5]).max() < 0.5 * embeddings
+    with pytest.raises(ValueError, match=r"prompt_token=\d+ is not allowed; it must be one of the"):
+        pretrained.load(tmp_path, memory=memory, prompt_token=CONFIG.vocab_size)
     assert np.all(np.isfinite(our_logits(config, found)))
 
 

@@ -64,6 +64,18 @@ def test_fam_of_another_length(trained, capsys, length):
     assert np.all(np.any(np.asarray(params["fam_prompt"]) != 0, axis=1))
 
 
+@pytest.mark.parametrize("token", [None, 3])
+def test_a_new_fam_begins_like_the_token_that_texts_begin_with(trained, tmp_path, token):
+    folder, runs = trained
+    config = tiny(folder, tmp_path.name, steps=1, init_from=str(folder / "bswa"), optim=STILL, prompt_token=token)
+    prompt = train(config).state.params["fam_prompt"]
+    embed = np.asarray(runs["bswa"].state.params["embed"])
+    rest = np.asarray(prompt) - (0 if token is None else embed[token])
+    size = embed.std() * (1 if token is None else 0.1)
+    assert 0.6 * size < rest.std() < 1.4 * size
+    assert len(np.unique(np.asarray(prompt), axis=0)) == len(prompt)
+
+
 @pytest.mark.slow
 def test_several_processes_take_the_same(trained, tmp_path):
     folder, runs = trained

@@ -1,8 +1,8 @@
 """PassKey: a number hidden in filler, asked for at the end (TransformerFAM, section 3.2 and appendix D.1).
 
-The texts are those of the paper, read as words, with numbers read digit by digit. `filler="loop"` repeats the
-same five sentences, as the paper does. `filler="decoys"` is harder: the sentences come in random order, and
-between them stand numbers that are not the pass key.
+The texts are those of the paper. A small model reads them as words, with numbers digit by digit, and a pretrained one
+with its own tokenizer. `filler="loop"` repeats the same five sentences, as the paper does. `filler="decoys"` is harder:
+the sentences come in random order, and between them stand numbers that are not the pass key.
 
 Samples are made as they are needed and are a function of the seed and the step, so nothing is prepared or stored.
 """
@@ -10,11 +10,13 @@ Samples are made as they are needed and are a function of the seed and the step,
 import dataclasses
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from experiments.data.protocol import Batch, DataError
+from experiments.data.tokenizers import encode_after, load_tokenizer
 from experiments.typed import check_types
 
 TASK = (
@@ -72,6 +74,7 @@ class PasskeyData:
       depth: where the key stands: `uniform` anywhere in the filler, `first` before it, as in the paper, or `mixed`,
         every other row first. What is first is learnt much sooner, and teaches what to do with the rest.
       filler: `loop` (the paper's five sentences, repeated) or `decoys`.
+      tokenizer: `words`, those of the task alone, or the file of another as in `TextData`, whose ids the lengths count.
       batch_size: rows of a batch.
       seed: of the samples.
     """
@@ -82,6 +85,7 @@ class PasskeyData:
     digits: int = 5
     depth: str = "uniform"
     filler: str = "loop"
+    tokenizer: str = "words"
     batch_size: int = 32
     seed: int = 0
 
@@ -100,26 +104,25 @@ class PasskeyData:
             raise ValueError(f"filler={self.filler!r}: must be loop or decoys")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: must be at least 0")
+        if self.tokenizer == "words":  # that of a file is read when it is needed
+            self.check_lengths()
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer. Raises DataError if it cannot be read."""
+        return PasskeyTokenizer() if self.tokenizer == "words" else load_tokenizer(self.tokenizer)
+
+    @property
+    def shortest(self) -> int:
+        """Blocks that hold a sample without filler; reads the tokenizer."""
+        return Passkey(self).shortest
+
+    def check_lengths(self) -> None:
+        """Raises a ValueError if a length does not hold a sample."""
         if self.blocks[0] < self.shortest:
             raise ValueError(
                 f"blocks={self.blocks}: must be at least {self.shortest} with block_size={self.block_size} and "
                 f"digits={self.digits}, so that task, key, question and answer fit"
             )
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids of the task's words."""
-        return PasskeyTokenizer().vocab_size
-
-    @property
-    def shortest(self) -> int:
-        """Blocks that hold a sample without filler."""
-        return -(-(_fixed_tokens(self.digits) - 1) // self.block_size)
-
-
-def _fixed_tokens(digits: int) -> int:
-    key = "0" * digits
-    return len(_words(f"{TASK} {KEY.format(key=key)} {QUESTION} {key}"))
 
 
 def _another(key: str) -> str:
@@ -132,8 +135,16 @@ class Passkey:
 
     def __init__(self, config: PasskeyData) -> None:
         self.config = config
-        self.tokenizer = PasskeyTokenizer()
-        self._loop = self.tokenizer.encode(" ".join(FILLER))
+        self.tokenizer = config.load_tokenizer()
+        self._sentences = {text: self._encode(f" {text}") for text in FILLER}
+        self._loop = self._encode(" " + " ".join(FILLER))
+        self._task, self._question = self.tokenizer.encode(TASK), self._encode(f" {QUESTION}")
+
+    @property
+    def shortest(self) -> int:
+        """Blocks that hold a sample without filler."""
+        parts = self._around("0" * self.config.digits)
+        return -(-(sum(map(len, parts)) - 1) // self.config.block_size)
 
     def sample(self, rng: np.random.Generator, rows: int, blocks: int) -> Batch:
         """Random samples of a length.
@@ -144,31 +155,32 @@ class Passkey:
           blocks: length of each in blocks.
 
         Returns:
-          `tokens`, `targets` int32 and `weights` float32 [rows, blocks * block_size]; the last `digits` targets are
-          the pass key and have weight 1, all others 0.
+          `tokens`, `targets` int32 and `weights` float32 [rows, blocks * block_size]; the last targets are the pass
+          key and have weight 1, all others 0.
         """
-        digits, encode = self.config.digits, self.tokenizer.encode
         length = blocks * self.config.block_size
-        room = length + 1 - _fixed_tokens(digits)
-        if room < 0:
-            raise ValueError(f"blocks={blocks}: must be at least {self.config.shortest}")
         ids = np.empty((rows, length + 1), np.int32)
+        weights = np.zeros((rows, length), np.float32)
         for row in range(rows):
-            key = "".join(map(str, rng.integers(0, 10, digits)))
+            key = "".join(map(str, rng.integers(0, 10, self.config.digits)))
+            task, hidden, question, answer = self._around(key)
+            room = length + 1 - sum(map(len, (task, hidden, question, answer)))
+            if room < 0:
+                raise ValueError(f"blocks={blocks}: must be at least {self.shortest}")
             first = self.config.depth == "first" or (self.config.depth == "mixed" and row % 2 == 0)
             depth = 0 if first else int(rng.integers(0, room + 1))
             filler = self._filler(rng, room, key)
-            parts = (
-                encode(TASK),
-                filler[:depth],
-                encode(KEY.format(key=key)),
-                filler[depth:],
-                encode(f"{QUESTION} {key}"),
-            )
-            ids[row] = np.concatenate(parts)
-        weights = np.zeros((rows, length), np.float32)
-        weights[:, -digits:] = 1
+            ids[row] = np.concatenate((task, filler[:depth], hidden, filler[depth:], question, answer))
+            weights[row, length - len(answer) :] = 1
         return {"tokens": ids[:, :-1], "targets": ids[:, 1:], "weights": weights}
+
+    def _around(self, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """What stands around the filler: the task, the key, the question and its answer."""
+        return self._task, self._encode(f" {KEY.format(key=key)}"), self._question, self._encode(f" {key}")
+
+    def _encode(self, text: str) -> np.ndarray:
+        """Ids of a text that goes on after another, int32 [t]."""
+        return encode_after(self.tokenizer, "is", text)
 
     def _filler(self, rng: np.random.Generator, length: int, key: str) -> np.ndarray:
         if self.config.filler == "loop":
@@ -176,12 +188,12 @@ class Passkey:
         parts: list[np.ndarray] = [np.zeros(0, np.int32)]
         have = 0
         while have < length:
-            sentence = FILLER[rng.integers(len(FILLER))]
+            ids = self._sentences[FILLER[rng.integers(len(FILLER))]]
             if rng.random() < _DECOY_SHARE:
                 decoy = "".join(map(str, rng.integers(0, 10, self.config.digits)))
-                sentence = DECOY.format(key=decoy if decoy != key else _another(key))
-            parts.append(self.tokenizer.encode(sentence))
-            have += len(parts[-1])
+                ids = self._encode(f" {DECOY.format(key=decoy if decoy != key else _another(key))}")
+            parts.append(ids)
+            have += len(ids)
         return np.concatenate(parts)[:length]
 
 
@@ -216,8 +228,11 @@ class PasskeyBatches:
             self._recent = []
 
     def get_state(self) -> dict:
+        config = dataclasses.asdict(self._config) | {"blocks": list(self._config.blocks)}
+        if config.pop("tokenizer") != "words":  # its file may lie elsewhere another time
+            config["tokenizer"] = self.task.tokenizer.hash
         return {
-            "config": dataclasses.asdict(self._config) | {"blocks": list(self._config.blocks)},
+            "config": config,
             "step": self._step,
             "level": self._level,
             "drawn": self._drawn,
@@ -225,11 +240,12 @@ class PasskeyBatches:
         }
 
     def set_state(self, state: dict) -> None:
-        mine = self.get_state()["config"]
-        for name, value in mine.items():
-            if state["config"].get(name) != value:
+        mine, saved = self.get_state()["config"], state["config"]
+        for name in mine | saved:
+            value = mine.get(name)
+            if saved.get(name) != value:
                 raise DataError(
-                    f"this position belongs to PassKey data with {name}={state['config'].get(name)!r}, not {value!r}; "
+                    f"this position belongs to PassKey data with {name}={saved.get(name)!r}, not {value!r}; "
                     "use the same data settings, or start a new run"
                 )
         self._step, self._level = state["step"], state["level"]

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from fam_jax.config import DecoderConfig
 from fam_jax.decoder import Decoder
+from fam_jax.fam import new_prompt
 from fam_jax.pretrained.families import OWN, decoder_config
 from fam_jax.pretrained.weights import Weight, weights
 from fam_jax.sharding import tree_shardings
@@ -113,6 +114,7 @@ def load(
     *,
     mesh: Mesh | None = None,
     key: jax.Array | None = None,
+    prompt_token: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     **changes: Any,
 ) -> tuple[DecoderConfig, dict[str, Any]]:
@@ -123,8 +125,9 @@ def load(
     Args:
         path: A folder with `config.json` and safetensors, or a `.gguf` file, whose weights become float32.
         mesh: Where to; None is the first device.
-        key: For parameters that the file lacks: the FAM's prompt, which begins as large as embeddings are, and
-            what mixes layers. None is seed 0.
+        key: For parameters that the file lacks: the FAM's prompt and what mixes layers. None is seed 0.
+        prompt_token: What the FAM's prompt begins like, best the token that texts begin with; see
+            `fam_jax.fam.new_prompt`.
         progress: Told after each parameter how many there are, and of how many.
         changes: Fields of the config: `memory`, `mixing`, `dtype`, `param_dtype` and the like.
 
@@ -162,7 +165,8 @@ def load(
         found |= init()
     prompt = ("fam_prompt",)
     if prompt in new:
-        found[prompt] = (found[prompt] * jnp.std(found["embed",])).astype(found[prompt].dtype)
+        place = found[prompt].sharding
+        found[prompt] = jax.device_put(new_prompt(found[prompt], found["embed",], prompt_token), place)
     return config, jax.tree_util.tree_map_with_path(lambda path, _: found[_name(path)], shapes)
 
 
