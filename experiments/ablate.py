@@ -95,7 +95,7 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
     wanted = configs(options)
     results.make_directory(options.output)
     name = f"{options.row}-{options.size}"
-    evaluation = load(options.row).EVALUATION
+    evaluation = load(options.row).evaluation(options.size)
     measured = []
     for number, ((arm, seed), config) in enumerate(wanted.items(), 1):
         file = options.output / name / f"{arm}-{seed}.json"

@@ -35,7 +35,7 @@ class TrainConfig:
         model: The decoder.
         data: Where the batches come from.
         optim: Optimiser and schedule.
-        steps: Updates in all.
+        steps: Updates in all; 0 keeps the parameters as they begin.
         seed: Seed of the initial parameters and of all randomness of training. The data has its own.
         accumulate: Parts that a batch is divided into, whose gradients are added up one after another: less memory for
             the same step, but for its random draws.
@@ -84,7 +84,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        minimum = {"steps": 1, "accumulate": 1, "log_every": 1, "eval_steps": 1, "keep": 1}
+        minimum = {"accumulate": 1, "log_every": 1, "eval_steps": 1, "keep": 1}
         for field in (
             "steps",
             "seed",

@@ -192,6 +192,7 @@ class _Run:
         config, say = self.config, self._say
         with waiting("all to read the checkpoint"):
             restored = self.checkpoints.restore(shapes.params, _rest(shapes), config)
+        self.new = restored is None
         if restored is not None:
             self.batches.set_state(restored.data)  # refuses other data, before run.json would name it
         size = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
@@ -235,7 +236,9 @@ class _Run:
         config, pending, stopped, step, due = self.config, None, None, self.start, False
         # A curriculum's next batch depends on this step's metrics, so it cannot run ahead of them.
         lockstep = self.callback is not None or hasattr(self.batches, "observe")
-        if step >= config.steps:
+        if not config.steps and self.new:
+            self._save(0)
+        elif step >= config.steps:
             self._say(f"nothing is left to do: {step:,} of {config.steps:,} steps are made; give more --steps")
         for step in range(self.start + 1, config.steps + 1):
             batch = next(self.batches)

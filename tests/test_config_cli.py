@@ -80,7 +80,7 @@ def edit(values, path, value):
         ("steps", ..., "config.steps is missing"),
         ("steps", "many", "config.steps='many' is not allowed; it must be int"),
         ("steps", True, "config.steps=True is not allowed"),
-        ("steps", 0, "TrainConfig.steps=0 is not allowed"),
+        ("steps", -1, "TrainConfig.steps=-1 is not allowed"),
         ("optim", 3, "config.optim=3 is not allowed; OptimConfig needs an object"),
         ("optim.schedule", "steep", "config.optim.schedule='steep' is not allowed"),
         (

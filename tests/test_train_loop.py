@@ -18,6 +18,7 @@ from train_helpers import (
     metric_rows,
     plain,
     restore,
+    tiny,
 )
 
 import experiments.train
@@ -304,3 +305,14 @@ def test_the_operations_of_a_step_are_in_its_metrics(finished):
     per_token = operations / (config.data.batch_size * config.data.length)
     assert row["flops_per_second"] == pytest.approx(per_token * row["tokens_per_second"])
     assert "mfu" not in row
+
+
+def test_a_run_of_no_steps_keeps_what_it_begins_with(tmp_path, compile_cache, capsys):
+    """A model as it is can then be measured like any other."""
+    config = tiny(tmp_path, steps=0, optim=OptimConfig(schedule="constant"))
+    first = train(config)
+    assert (first.step, first.stopped) == (0, None)
+    _, variables, _ = load_model(config.directory)
+    assert_same_bits(variables["params"], first.state.params)
+    assert_same_bits(train(config).state.params, first.state.params)
+    assert "nothing is left to do" in capsys.readouterr().out

@@ -1,5 +1,5 @@
 """Comparisons: one module each, whose docstring tells of it.
 
 A module has `SIZES`, the names of its sizes; `arms(size)`, a training config by the name of each arm; and
-`EVALUATION`, settings of `experiments.evaluate` that all arms are measured with.
+`evaluation(size)`, settings of `experiments.evaluate` that all arms are measured with.
 """

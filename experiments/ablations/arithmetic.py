@@ -18,13 +18,13 @@ seed 7, which is not among the measured ones:
 """
 
 import dataclasses
+from typing import Any
 
 from experiments.config import TrainConfig
 from experiments.configs import arithmetic, lime_arithmetic
 
 SIZES = ("cpu", "paper")
 CHECKPOINTS = 8  # at which the accuracy over steps is measured
-EVALUATION = {"batch_size": 250}
 
 
 def arms(size: str) -> dict[str, TrainConfig]:
@@ -38,3 +38,8 @@ def arms(size: str) -> dict[str, TrainConfig]:
         every = config.steps // CHECKPOINTS
         made[label] = dataclasses.replace(config, checkpoint_every=every, keep=CHECKPOINTS)
     return made
+
+
+def evaluation(size: str) -> dict[str, Any]:
+    """How all arms are measured."""
+    return {"batch_size": 250}

