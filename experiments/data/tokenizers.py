@@ -192,14 +192,16 @@ def encode_pieces(tokenizer: Encodes, texts: Iterable[str]) -> Iterator[np.ndarr
         held += text
         parts = held.rsplit(None, 1)
         if len(parts) == 2:
-            yield _encode_after(tokenizer, before, parts[0])
+            yield encode_after(tokenizer, before, parts[0])
             before, held = parts[0].rsplit(None, 1)[-1], held[len(parts[0]) :]
     if held:
-        yield _encode_after(tokenizer, before, held)
+        yield encode_after(tokenizer, before, held)
 
 
-def _encode_after(tokenizer: Encodes, before: str, text: str) -> np.ndarray:
-    """Ids of what follows a word; those of a text of its own if the word has other tokens with it than without it."""
+def encode_after(tokenizer: Encodes, before: str, text: str) -> np.ndarray:
+    """Ids of what follows a word, int32 [t]; those of a text of its own if the word has other tokens with it than
+    without it.
+    """
     word, both = tokenizer.encode(before), tokenizer.encode(before + text)
     return both[word.size :] if np.array_equal(both[: word.size], word) else tokenizer.encode(text)
 
