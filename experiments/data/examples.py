@@ -33,8 +33,8 @@ def chat_files(pattern: str) -> Source:
     * `{"prompt": TEXT, "completion": TEXT}`, where the answer may also be called `response` or `answer`.
 
     An example may have a `group`, a text such as the passage that it is about; without it, its messages before the
-    first answer are one. One group in ten, chosen by its hash, is for validation, and at least one. Empty lines are passed
-    over, and other fields too.
+    first answer are one. One group in ten, chosen by its hash, is for validation, and at least one. Empty lines and
+    other fields are passed over.
 
     Args:
       pattern: a glob (`**` goes into folders), a folder (all files in it and below), or one file.

