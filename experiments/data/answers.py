@@ -123,9 +123,10 @@ class ChatEncoder:
 
     def _ask(self, pieces: _Pieces, text: str) -> None:
         """Adds what is before an answer."""
-        before, asks, more = text.rpartition(self._chat.asks) if self._chat.asks in text else (text, "", "")
-        pieces.text(self._tokenizer, before + asks, False)
-        pieces.text(self._tokenizer, more, True)
+        asks = self._chat.asks
+        end = text.rindex(asks) + len(asks) if asks and asks in text else len(text)
+        pieces.text(self._tokenizer, text[:end], False)
+        pieces.text(self._tokenizer, text[end:], True)
 
     def _ending(self, text: str) -> tuple[str, str]:
         """What ends an answer, and the rest of the text after it."""
