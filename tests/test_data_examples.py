@@ -150,6 +150,26 @@ def test_templates_without_an_end_or_with_thoughts_before_the_answer(folder, tmp
     assert spelled(tokenizer, encoded) == "Q:aA:[<|im_start|>b<|endoftext|>]"
 
 
+def test_a_template_that_ends_with_the_separator_gets_no_other(folder, tmp_path):
+    tokenizer = with_template(folder, tmp_path, "{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}")
+    encoded = example_encoder(tokenizer, tmp_path).encode(json.dumps(pair("a", "b")))
+    assert spelled(tokenizer, encoded) == "a<|endoftext|>[b<|endoftext|>]"
+
+
+def test_sentencepiece_puts_no_blank_into_the_middle(tmp_path):
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    (tmp_path / "text.txt").write_text(tiny_chat.TEXT * 20)
+    names = {"input": str(tmp_path / "text.txt"), "model_prefix": str(tmp_path / "tiny")}
+    kept = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    trainer.train(**names, **kept, vocab_size=300, byte_fallback=True, minloglevel=2, hard_vocab_limit=False)
+    tokenizer = load_tokenizer(str(tmp_path / "tiny.model"))
+    ids, counts = example_encoder(tokenizer, tmp_path).encode(json.dumps(pair("Who keeps?", "The parrot.")))
+    text = "Who keeps?\nThe parrot."
+    np.testing.assert_array_equal(ids, [*tokenizer.encode(text), tokenizer.separator])
+    assert tokenizer.decode(ids[counts]) == "The parrot."
+    assert counts[-1]
+
+
 def test_templates_that_write_a_date_write_the_same_one_always(folder, tmp_path):
     template = "{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }} {% endfor %}"
     tokenizer = with_template(folder, tmp_path, template)

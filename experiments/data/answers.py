@@ -49,12 +49,13 @@ class _Pieces:
         self._word = (self._word + text)[max(before.rfind(" "), before.rfind("\n")) + 1 :]
 
     def ids(self, ids: np.ndarray | list[int], counts: bool) -> None:
-        self._ids.append(np.asarray(ids, np.int32))
-        self._counts.append(np.full(len(ids), counts))
+        if len(ids):
+            self._ids.append(np.asarray(ids, np.int32))
+            self._counts.append(np.full(len(ids), counts))
 
     def end(self, separator: int | None, counts: bool) -> None:
         """Adds the separator, unless it is the last token already."""
-        if separator is not None and self._ids[-1][-1:].tolist() != [separator]:
+        if separator is not None and (not self._ids or self._ids[-1][-1] != separator):
             self.ids([separator], counts)
 
     def joined(self) -> Encoded:

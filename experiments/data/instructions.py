@@ -17,7 +17,9 @@ own.
 | `naturalqs` | 1,000 | five questions with short answers, and another |
 | `sciq` | 1,000 | five science questions with short answers, and another |
 
-As in Flan, some have examples before the question, which do not count in the loss, and some do not.
+As in Flan, some have examples before the question, which do not count in the loss, and some do not. Within a set these
+are always the same. With the tokenizer of SmolLM2 and its chat template, all are 6.9M tokens, of which 1.4M are of
+answers, five of six of them of `math`.
 """
 
 from __future__ import annotations
