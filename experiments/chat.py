@@ -7,6 +7,7 @@ programs that come with the files of strangers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import secrets
 from datetime import datetime
@@ -127,12 +128,13 @@ class Plain:
 class Chat:
     """Turns in the words of a chat template; a document is the beginning of the first message."""
 
-    def __init__(self, settings: TokenizerSettings, system: str | None = None):
+    def __init__(self, settings: TokenizerSettings, system: str | None = None, now: datetime | None = None):
         """Compiles the template.
 
         Args:
             settings: Of the tokenizer.
             system: Message that goes before all others.
+            now: What templates that write a date are told. None: the time at which they ask.
 
         Raises:
             DataError: There is no template, it is wrong, or jinja2 is not installed.
@@ -146,7 +148,7 @@ class Chat:
             import jinja2
             import jinja2.sandbox
         except ImportError as error:
-            raise DataError("--chat needs the package 'jinja2': pip install -e \".[chat]\"") from error
+            raise DataError("chat templates need the package 'jinja2': pip install -e \".[chat]\"") from error
         self._settings, self._system, self._error = settings, system, jinja2.TemplateError
         # These settings, and the functions below, are what Hugging Face gives to templates.
         sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -154,7 +156,7 @@ class Chat:
         )
         sandbox.filters["tojson"] = _tojson
         sandbox.globals["raise_exception"] = self._refuse
-        sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        sandbox.globals["strftime_now"] = lambda form: (now or datetime.now()).strftime(form)
         try:
             self._template = sandbox.from_string(settings.template)
         except jinja2.TemplateError as error:
@@ -176,6 +178,35 @@ class Chat:
         bare = rest.lstrip()
         return bare.removeprefix(ended) if ended and bare.startswith(ended) else rest
 
+    @functools.cached_property
+    def asks(self) -> str:
+        """What the template writes to ask for an answer."""
+        question = [self._user(self._mark)]
+        asked, said = self._render(question), self._render(question, ask=False)
+        return asked.removeprefix(said) if asked.startswith(said) else ""
+
+    def around_answers(self, messages: list[dict[str, str]]) -> list[str]:
+        """What the template writes before the first answer of a conversation, between answers, and after the last.
+
+        Args:
+            messages: Each with `role` and `content`; those of the role "assistant" are the answers.
+
+        Returns:
+            One text more than there are answers.
+
+        Raises:
+            DataError: The template does not take these messages, or does not write each answer once.
+        """
+        answers = sum(message["role"] == "assistant" for message in messages)
+        marked = [m if m["role"] != "assistant" else {**m, "content": self._mark} for m in messages]
+        parts = self._render(marked, ask=False).split(self._mark)
+        if len(parts) != answers + 1:
+            raise DataError(
+                f"{self._settings.path}: chat_template writes {len(parts) - 1} answers of a conversation that has "
+                f"{answers}; leave out such conversations, or the chat_template"
+            )
+        return parts
+
     def _begin(self) -> list[dict[str, str]]:
         return [] if self._system is None else [{"role": "system", "content": self._system}]
 
@@ -193,9 +224,9 @@ class Chat:
             )
         return parts[0], parts[1]
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
+    def _render(self, messages: list[dict[str, str]], ask: bool = True) -> str:
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self._settings.tokens)
+            return self._template.render(messages=messages, add_generation_prompt=ask, **self._settings.tokens)
         except (self._error, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(

@@ -259,6 +259,11 @@ def _documents(options: Options, model: Decoder, variables: Any, config: TrainCo
     assert isinstance(settings, TextData)
     if options.source is not None:
         settings = dataclasses.replace(settings, source=options.source)
+    if settings.weighted:
+        raise ValueError(
+            f"source={settings.source!r} is examples, of which the answers alone count; loss-by-position is of whole "
+            "texts: give one with --source, such as python-source or text:GLOB"
+        )
     check_positive(documents=options.documents, max_tokens=options.max_tokens)
     prepare_together(settings)
     manifest = data.manifest(settings)

@@ -6,6 +6,16 @@ import zipfile
 from pathlib import Path
 
 WITHOUT_QUESTION = 1_000_000
+NUMBERED = ("query", "id", "question", "problem")  # fields that differ from question to question
+SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
 
 
 def _requests(doc, context, choices):
@@ -16,7 +26,7 @@ def _requests(doc, context, choices):
                 yield {
                     "doc_id": number + shift,
                     "idx": index,
-                    "doc": {name: value.format(i=number) if name == "query" else value for name, value in doc.items()},
+                    "doc": {name: value.format(i=number) if name in NUMBERED else value for name, value in doc.items()},
                     "request": {"context": text, "continuation": f" {choice}"},
                 }
 
@@ -43,6 +53,22 @@ def write(path: Path) -> Path:
         "squad/bpb_5shot": (squad, "Background: 23 years, {i}.\nQuestion: How long?\nAnswer:", ["23 years"]),
         "qasper_yesno/rc_5shot": (paper, "Question: Is it long? {i}\nAnswer:", ["Yes", "No"]),
     }
+    asked = {
+        "gsm8k/gold_bpb_5shot": ("Question: 1+{i}?\nAnswer:", "It is so. So the answer is 2."),
+        "jeopardy/bpb_5shot": ("Category: {i}\nQuestion: It is green\nAnswer:", "grass"),
+        "naturalqs_open/bpb_5shot": ("Question: who is {i}\nAnswer:", "Nobody"),
+        "codex_mbpp/gold_bpb_3shot": ("Write a function of {i}.\n```python\n", "def f():\n    pass\n```"),
+    }
+    sets |= {name: ({}, context, [answer]) for name, (context, answer) in asked.items()}
+    choice = {"choices": ["no", "yes"], "gold": 1}
+    sets |= {name: (choice, "A {i}?\nAnswer:", ["no", "yes"]) for name in ("boolq/rc_0shot", "sciq/rc_5shot")}
+    drop = {"passage": "He won 3, lost 4.", "answers": [["3", "4"], ["4"]]}
+    sets["drop/bpb_5shot"] = (drop, "Passage: He won 3, lost 4.\nQuestion: {i}?\nAnswer:", ["('3', '4')"])
+    turn = {"id": "abc_turn{i}", "story": "A kitten.", "question": "What {i}?", "answers": ["white", "grey"]}
+    sets["coqa/bpb_0shot"] = (turn, "Passage: A kitten.\nQuestion: What {i}?\nAnswer:", ["white"])
+    for subject in SUBJECTS:
+        problem = {"problem": f"Add {subject} {{i}}."}
+        sets[f"minerva_math_{subject}/gold_bpb_0shot"] = (problem, "Problem:\nOther.", ["It is $1$."])
     with zipfile.ZipFile(path, "w") as archive:
         for name, made in sets.items():
             text = "\n".join(json.dumps(request) for request in _requests(*made))

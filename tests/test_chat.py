@@ -114,7 +114,7 @@ except DataError as error:
     print(error)
 """
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "--chat needs the package 'jinja2': pip install -e \".[chat]\"" in out
+    assert "chat templates need the package 'jinja2': pip install -e \".[chat]\"" in out
 
 
 def test_a_document_has_no_special_tokens(tokenizer):

@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import data_helpers
@@ -35,9 +36,10 @@ def test_an_epoch_holds_every_token_once_as_a_target(tmp_path, length, tokenizer
     windows = Windows(tokens, tokenizer.separator, length, seed=3)
     total = TOTAL if tokenizer.separator is not None else TOTAL - sum(map(bool, TEXTS))
     assert len(windows) == (total - 1) // length
-    joined = [windows[0][0], *np.concatenate([windows[i][1:] for i in range(len(windows))])]
-    for i in range(len(windows) - 1):
-        assert windows[i][-1] == windows[i + 1][0]
+    read = [window for window, _ in (windows[i] for i in range(len(windows)))]
+    joined = [read[0][0], *np.concatenate([window[1:] for window in read])]
+    for before, after in itertools.pairwise(read):
+        assert before[-1] == after[0]
     text = bytes(joined).decode()
     if tokenizer.separator is None:
         left = [t for t in TEXTS if t]
@@ -53,7 +55,7 @@ def test_an_epoch_holds_every_token_once_as_a_target(tmp_path, length, tokenizer
     # The batches are exactly these windows in another order.
     data = data_helpers.packed(tmp_path, TEXTS, tokenizer=tokenizer, batch_size=1, length=length, seed=3)
     rows = rows_of(data, 2 * len(windows))
-    expected = sorted(windows[i].tolist() for i in range(len(windows)))
+    expected = sorted(window.tolist() for window in read)
     assert sorted(rows[: len(windows)]) == sorted(rows[len(windows) :]) == expected
 
 
@@ -86,7 +88,7 @@ def test_the_repeated_segment_is_exact_and_inside_the_budget(tmp_path):
     prompt = list(REPEAT_PROMPT.encode())
     head = length + 1 - len(prompt) - count
     windows = Windows(data_helpers.store(tmp_path, LONG), 0, head - 1, seed=5)
-    known = {tuple(windows[i].tolist()) for i in range(len(windows))}
+    known = {tuple(windows[i][0].tolist()) for i in range(len(windows))}
     starts = set()
     for _ in range(20):
         batch = next(data)

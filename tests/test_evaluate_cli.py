@@ -134,6 +134,7 @@ def test_command_refuses_what_does_not_fit(tmp_path, monkeypatch, capsys):
         (["--checkpoint", questions, "--task", "passkey"], "was trained on questions; use task=answers"),
         (["--checkpoint", text, "--task", "answers"], "was trained on text; use task=loss-by-position"),
         (["--checkpoint", text], "no file matches"),
+        (["--checkpoint", text, "--source", "chat:x"], "give one with --source, such as python-source or text:GLOB"),
         (["--checkpoint", run, "--trials", "0"], "trials=0"),
         (["--checkpoint", tmp_path / "none"], "no checkpoint in"),
         (["--checkpoint", run, "--steps", 5], "steps=(5,) is for task=answers, but the run 'tiny-passkey' was trained"),

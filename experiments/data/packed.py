@@ -21,13 +21,15 @@ REPEAT_PROMPT = "[repeat random segment]:"
 class Windows:
     """The documents in one random order, with a separator after each, cut every `stride` tokens.
 
+    Documents with weights of their own have the separators that they need, and get none here.
+
     A window has one token more than the stride, which is the first of the next one: as a target every token
     but the very first comes exactly once. What is left at the end, less than a window, is not used.
     """
 
     def __init__(self, store: TokenStore, separator: int | None, stride: int, seed: int):
         self._store = store
-        self._separator = separator
+        self._separator = separator = None if store.weighted else separator
         self._stride = stride
         self._order = shuffled(len(store), seed, 0)
         extra = 0 if separator is None else 1
@@ -37,10 +39,10 @@ class Windows:
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Window `index`, int32 [stride + 1]."""
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Window `index`: tokens, int32 [stride + 1], and their weights as targets, float32 [stride + 1]."""
         at, stop = index * self._stride, (index + 1) * self._stride + 1
-        out = np.empty(self._stride + 1, np.int32)
+        out, weights = np.empty(self._stride + 1, np.int32), np.ones(self._stride + 1, np.float32)
         filled = 0
         place = int(np.searchsorted(self._ends, at, side="right"))
         while at < stop:
@@ -48,19 +50,20 @@ class Windows:
             begin = int(self._ends[place - 1]) if place else 0
             ids = self._store.read(document, at - begin, stop - begin)
             out[filled : filled + ids.size] = ids
+            weights[filled : filled + ids.size] = self._store.read_weights(document, at - begin, stop - begin)
             filled, at = filled + ids.size, at + ids.size
             if at < stop and self._separator is not None:
                 out[filled] = self._separator
                 filled, at = filled + 1, at + 1
             place += 1
-        return out
+        return out, weights
 
 
 class _Row:
     """A window to a row: tokens, next-token targets and weights, with the repeated segment if there is one.
 
     The row is `window, prompt, segment`, where the segment is `count` consecutive tokens of the window, each
-    place equally likely. Weights of the targets: 1 in the window, 0 in the prompt (the paper gives
+    place equally likely. Weights of the targets: their own in the window, 0 in the prompt (the paper gives
     instructions no weight, and what follows the window is no continuation of it), `weight` in the segment.
     """
 
@@ -69,13 +72,13 @@ class _Row:
         self._count = count
         self._weight = weight
 
-    def __call__(self, window: np.ndarray, rng: np.random.Generator) -> Batch:
-        pieces = [(window, 1.0)]
+    def __call__(self, read: tuple[np.ndarray, np.ndarray], rng: np.random.Generator) -> Batch:
+        ids, weights = read
         if self._count:
-            start = int(rng.integers(window.size - self._count + 1))
-            pieces += [(self._prompt, 0.0), (window[start : start + self._count], self._weight)]
-        ids = np.concatenate([ids for ids, _ in pieces])
-        weights = np.concatenate([np.full(ids.size, weight, np.float32) for ids, weight in pieces])
+            start = int(rng.integers(ids.size - self._count + 1))
+            more = [(self._prompt, 0.0), (ids[start : start + self._count], self._weight)]
+            weights = np.concatenate([weights, *(np.full(ids.size, weight, np.float32) for ids, weight in more)])
+            ids = np.concatenate([ids, *(ids for ids, _ in more)])
         return {"tokens": ids[:-1], "targets": ids[1:], "weights": weights[1:]}
 
 

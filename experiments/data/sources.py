@@ -170,7 +170,7 @@ def text_files(pattern: str) -> Source:
       DataError: no file, or a file that is empty, not UTF-8, binary or too large. Every wrong file is checked
         before anything is prepared.
     """
-    paths = _matches(pattern)
+    paths = matching_files(pattern)
     if not paths:
         raise DataError(
             f"source='text:{pattern}': no file matches; check the path, and put the pattern in quotes so "
@@ -200,7 +200,8 @@ def text_files(pattern: str) -> Source:
     )
 
 
-def _matches(pattern: str) -> list[Path]:
+def matching_files(pattern: str) -> list[Path]:
+    """The files of a glob, of a folder and what is below it, or one file; sorted, with absolute paths."""
     expanded = os.path.expanduser(pattern)
     if os.path.isdir(expanded):
         expanded = os.path.join(glob.escape(expanded), "**")

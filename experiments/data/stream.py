@@ -20,9 +20,9 @@ class StreamBatches:
     The documents are shuffled in every epoch and dealt in that order: whenever a row has none, at a block
     edge, it takes the next one; of several such rows the one whose edge comes first, then the one with the
     lowest number. A document starts at a block edge with `reset` set there. Its tail is filled up to a whole
-    block with weight 0, and `padded` marks that block. Targets are the next tokens; the last token of a
-    document has none: weight 0. A document that goes on in the next step has its next token there as the
-    target of its last token here.
+    block with weight 0, and `padded` marks that block. Targets are the next tokens, with their weights; the last
+    token of a document has none: weight 0. A document that goes on in the next step has its next token there as
+    the target of its last token here.
     """
 
     def __init__(self, store: TokenStore, config: TextData, identity: Identity):
@@ -58,7 +58,7 @@ class StreamBatches:
             at = block * self._block
             tokens[row, at : at + count] = ids[:count]
             targets[row, at : at + ids.size - 1] = ids[1:]
-            weights[row, at : at + ids.size - 1] = 1.0
+            weights[row, at : at + ids.size - 1] = self._store.read_weights(document, start + 1, start + count + 1)
             block += -(-count // self._block)
             if count % self._block:
                 padded[row, block - 1] = True
