@@ -37,7 +37,7 @@ from experiments.stored import find_checkpoint
 from fam_jax import MeshConfig, StreamState
 from fam_jax.sampling import check_choice
 
-PIECE = 1 << 16  # bytes of a prompt file that are in memory at a time
+PIECE = 1 << 13  # bytes of a prompt file that are in memory at a time; between them the progress bar stands still
 
 
 def text_pieces(path: str | Path, size: int = PIECE) -> Iterator[str]:

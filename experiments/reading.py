@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -171,7 +170,7 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
     tokenizer, home = tokenizer_of(config, options.checkpoint)
     bos = read_settings(tokenizer, home).bos
     path = source_code(options.size) if options.text is None else location(options.text)
-    text = _contents(path, tokenizer, bos)
+    text = _lengths(path, tokenizer, bos)
     output = results.make_directory(options.output or run_folder(options.checkpoint) / "results")
     mesh = reading_mesh(options.mesh)
     model, variables, config = load_model(folder, mesh=mesh)
@@ -201,6 +200,8 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
         "peak_resident_mib": None if peak is None else round(peak / MIB, 1),
         "load_average_before": [round(value, 2) for value in load],
     }
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     settings = dataclasses.asdict(options)
     for name in ("output", "mesh"):
         del settings[name]  # they shape no number
@@ -211,10 +212,10 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
         seeds=[config.seed],
         values=values,
         wall_seconds=seconds,
-        data={"packages": python_source().packages, "size": options.size} if options.text is None else None,
+        data={"sha256": sha256} | ({"packages": python_source().packages} if options.text is None else {}),
     )
-    file = results.write(result, output)
-    return result, file, report.plot(result, file.with_suffix(".png"))
+    written = results.write(result, output)
+    return result, written, report.plot(result, written.with_suffix(".png"))
 
 
 def table(result: results.Result) -> str:
@@ -258,13 +259,11 @@ def _ids(path: Path, tokenizer: Codec, bos: int | None) -> Iterator[np.ndarray]:
     return begun(encode_pieces(Literal(tokenizer), text_pieces(path)), bos)
 
 
-def _contents(path: Path, tokenizer: Codec, bos: int | None) -> dict[str, Any]:
-    """How long the text is, and which one: the file is read once without the model."""
+def _lengths(path: Path, tokenizer: Codec, bos: int | None) -> dict[str, int]:
+    """How long the text is; the file is read without the model."""
     characters = sum(map(len, text_pieces(path)))
     tokens = sum(map(len, _ids(path, tokenizer, bos)))
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "characters": characters, "tokens": tokens, "sha256": sha256}
+    return {"bytes": path.stat().st_size, "characters": characters, "tokens": tokens}
 
 
 def _chunks(pieces: Iterable[np.ndarray], size: int, limit: int, bar: tqdm) -> Iterator[np.ndarray]:
