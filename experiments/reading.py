@@ -77,13 +77,15 @@ class Course:
     Attributes:
         tokens: Tokens read from the beginning.
         seconds: Time since the beginning, tokenizing included, compiling not.
-        tokens_per_second: Since the place before.
+        cpu_seconds: Processor time of the process since the beginning, which depends less on what else the machine does.
+        tokens_per_second: Since the place before, of all time that has passed.
         resident_mib: Resident memory of the process in MiB; None where the system does not tell.
         state_bytes: Size of the model's state.
     """
 
     tokens: list[int]
     seconds: list[float]
+    cpu_seconds: list[float]
     tokens_per_second: list[float]
     resident_mib: list[float | None]
     state_bytes: list[int]
@@ -132,9 +134,10 @@ def follow(reader: Reader, chunks: Iterable[np.ndarray], every: int) -> Course:
     Raises:
         ValueError: There is no token, or one that the model does not know.
     """
-    course = Course([], [], [], [], [])
+    course = Course([], [], [], [], [], [])
     state: StreamState | None = None
-    start = before = time.perf_counter()
+    start, worked = time.perf_counter(), time.process_time()
+    before = start
     total, chunks = 0, iter(chunks)
     for first in chunks:
         state, count = reader.read(chain([first], islice(chunks, every - 1)), state)
@@ -144,6 +147,7 @@ def follow(reader: Reader, chunks: Iterable[np.ndarray], every: int) -> Course:
         total += count
         course.tokens.append(total)
         course.seconds.append(round(now - start, 3))
+        course.cpu_seconds.append(round(time.process_time() - worked, 3))
         course.tokens_per_second.append(round(count / (now - before), 2))
         course.resident_mib.append(None if used is None else round(used / MIB, 1))
         course.state_bytes.append(state_bytes(state))
@@ -221,12 +225,11 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
 def table(result: results.Result) -> str:
     """A result of kind "reading" as a Markdown table: a line per place."""
     (curve,) = result.values["curves"]
-    cells = [["tokens read", "seconds", "tokens per second", "resident memory (MiB)", "state (bytes)"]]
     names = [field.name for field in dataclasses.fields(Course)]
-    for tokens, seconds, rate, used, state in zip(*(curve[name] for name in names), strict=True):
-        cells.append(
-            [f"{tokens:,}", f"{seconds:,.1f}", f"{rate:,.1f}", "–" if used is None else f"{used:,.1f}", f"{state:,}"]
-        )
+    cells = [["tokens", "seconds", "CPU seconds", "tokens per second", "resident memory (MiB)", "state (bytes)"]]
+    for tokens, seconds, worked, rate, used, state in zip(*(curve[name] for name in names), strict=True):
+        times = [f"{value:,.1f}" for value in (seconds, worked, rate)]
+        cells.append([f"{tokens:,}", *times, "–" if used is None else f"{used:,.1f}", f"{state:,}"])
     return report.markdown(cells)
 
 
