@@ -77,7 +77,7 @@ class Course:
     Attributes:
         tokens: Tokens read from the beginning.
         seconds: Time since the beginning, tokenizing included, compiling not.
-        cpu_seconds: Processor time of the process since the beginning, which depends less on what else the machine does.
+        cpu_seconds: Processor time of the process, which depends less on what else the machine does.
         tokens_per_second: Since the place before, of all time that has passed.
         resident_mib: Resident memory of the process in MiB; None where the system does not tell.
         state_bytes: Size of the model's state.
