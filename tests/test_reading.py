@@ -14,6 +14,7 @@ from experiments import reading, report, results
 from experiments.conversation import Reader, Style
 from experiments.data import DataError
 from experiments.data.tokenizers import ByteTokenizer
+from fam_jax import MemoryConfig
 
 LINE = "def f(x): return 'ö'\n"  # 22 bytes
 
@@ -151,7 +152,8 @@ def test_what_cannot_be_read_is_told_in_a_line(options, message, run, tmp_path, 
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_text(run, tmp_path):
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    run = tiny_run.save(tiny_run.text_config(MemoryConfig(block_size=128, fam_length=2)), tmp_path / "run")
     path = text_file(tmp_path, LINE * 120_000)  # 2.6 MB
     words = ["--checkpoint", run, "--text", path, "--output", tmp_path, "--name", "long"]
     line = [sys.executable, "-m", "experiments.reading", *map(str, words)]
