@@ -10,6 +10,7 @@ from experiments import ablate
 from experiments.ablations import retrofit, retrofit_passkey
 from experiments.checkpoint import load_model
 from experiments.data.passkey import PasskeyData
+from experiments.optim import OptimConfig
 from experiments.train import train
 from fam_jax import LoraConfig, presets
 
@@ -24,6 +25,9 @@ SHAPE = (
     "rope_base",
     "norm_eps",
 )
+
+
+CONSTANT = OptimConfig(learning_rate=1e-2, schedule="constant")
 
 
 def shape_of(model):
@@ -60,7 +64,7 @@ def test_arms_begin_with_the_pretrained_model_and_differ_in_the_memory_alone(row
 def base(tmp_path_factory, compile_cache):
     """A tiny model with full attention, in place of the pretrained one."""
     folder = tmp_path_factory.mktemp("base")
-    config = with_model(tiny(folder, "base", mode="packed", steps=2, eval_every=0), memory=None)
+    config = with_model(tiny(folder, "base", mode="packed", steps=2, eval_every=0, optim=CONSTANT), memory=None)
     train(config, progress=False)
     return config
 
@@ -73,9 +77,14 @@ def small(config, base):
         data = dataclasses.replace(config.data, block_size=8, blocks=(50, 52), tokenizer="bytes", batch_size=2)
     else:
         data = dataclasses.replace(base.data, mode=config.data.mode)
-    init_from = str(base.directory)
     return dataclasses.replace(
-        config, model=model, data=data, steps=min(config.steps, 2), init_from=init_from, checkpoint_every=0
+        config,
+        model=model,
+        data=data,
+        optim=CONSTANT,
+        steps=min(config.steps, 2),
+        init_from=str(base.directory),
+        checkpoint_every=0,
     )
 
 
