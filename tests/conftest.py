@@ -2,13 +2,19 @@
 
 import gc
 import os
+from importlib import metadata
 
 # Before jax starts: the tests are written for the CPU; JAX_PLATFORMS=cuda pytest runs them elsewhere.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# Tests compile hundreds of programs and run most of them once: LLVM's optimisations take more than they give.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Tests compile hundreds of programs and run most of them once: LLVM's optimisations take more than they give, and
+# so do the newer of two ways to write loops and the threads that share a program's functions, where one can choose.
+# XLA aborts at a flag that it does not know, as those of the second line are from some version on.
+FLAGS = "--xla_backend_optimization_level=0"
+if metadata.version("jaxlib").startswith("0.10."):
+    FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+os.environ.setdefault("XLA_FLAGS", FLAGS)
 
 import jax
 import pytest
