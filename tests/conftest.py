@@ -11,10 +11,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Tests compile hundreds of programs and run most of them once: LLVM's optimisations take more than they give, and
 # so do the newer of two ways to write loops and the threads that share a program's functions, where one can choose.
 # XLA aborts at a flag that it does not know, as those of the second line are from some version on.
-FLAGS = "--xla_backend_optimization_level=0"
-if metadata.version("jaxlib").startswith("0.10."):
-    FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-os.environ.setdefault("XLA_FLAGS", FLAGS)
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    * metadata.version("jaxlib").startswith("0.10."),
+)
 
 import jax
 import pytest
@@ -23,6 +25,9 @@ from jax.experimental.compilation_cache import compilation_cache
 # Equality tests of two execution orders mean float32 products, also on devices whose default is lower. Tests
 # that need float64 turn it on for themselves: with jax.enable_x64(True).
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# Tracing makes many small objects, nearly all of which stay; looking for garbage among them every 700 takes a tenth.
+gc.set_threshold(100_000, 50, 50)
 
 
 @pytest.fixture(scope="module", autouse=True)

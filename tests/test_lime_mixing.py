@@ -67,7 +67,7 @@ everywhere = pytest.mark.parametrize("name", MIXERS)
 
 
 def mostly_slow(names, fast):
-    """One of each way to mix is always tested: of keys and values, of what layers read, of their outputs, of streams."""
+    """One of each way to mix is always tested: keys and values, what layers read, their outputs, streams."""
     marks = [pytest.param(name, marks=[] if name in fast else pytest.mark.slow) for name in names]
     return pytest.mark.parametrize("name", marks)
 
