@@ -29,6 +29,14 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # Tracing makes many small objects, nearly all of which stay; looking for garbage among them every 700 takes a tenth.
 gc.set_threshold(100_000, 50, 50)
 
+# Few tests that take minutes each, most of which start processes: if a worker began with one of these files when
+# the other has nothing left to do, all would wait for it. Holds with --no-loadscope-reorder.
+LONGEST = ("sharding", "restore", "faults", "quickstart", "distributed", "train_resume", "remat", "cloud", "transfer")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
