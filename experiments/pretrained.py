@@ -18,12 +18,13 @@ import shutil
 import sys
 import zipfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 import tyro
 from tqdm import tqdm
 
+from experiments.chat import read_settings
 from experiments.checkpoint import CheckpointError, Checkpoints, load_model
 from experiments.command import run_command
 from experiments.config import TrainConfig
@@ -138,11 +139,13 @@ def import_model(
                 bar.total = of
                 bar.update(done - bar.n)
 
-            config, params = pretrained.load(path, progress=moved, memory=memory)
-        ids = load_tokenizer(str(partial / found[0])).vocab_size
-        if ids > config.vocab_size:
+            tokenizer = load_tokenizer(str(partial / found[0]))
+            token = _first_token(tokenizer, partial) if memory is not None and memory.fam_length else None
+            config, params = pretrained.load(path, progress=moved, memory=memory, prompt_token=token)
+        if tokenizer.vocab_size > config.vocab_size:
             raise DataError(
-                f"{found[0]} has {ids} ids, and the model {config.vocab_size}: it is another model's; give its own"
+                f"{found[0]} has {tokenizer.vocab_size} ids, and the model {config.vocab_size}: it is another model's; "
+                "give its own"
             )
         data = TextData(tokenizer=str(target / found[0]), mode="packed")
         run = TrainConfig(target.name, config, data, steps=1, eval_every=0, work_dir=str(target))
@@ -151,6 +154,12 @@ def import_model(
         checkpoints.close()
 
     return build_once(target, build)
+
+
+def _first_token(tokenizer: Any, folder: Path) -> int | None:
+    """The token that texts begin with, as which a FAM begins; None if the tokenizer's settings name none."""
+    text = read_settings(tokenizer, folder).tokens.get("bos_token")
+    return None if text is None else tokenizer.token_id(text)
 
 
 def export_model(checkpoint: str, folder: Path, max_length: int) -> None:
@@ -178,7 +187,8 @@ def main() -> int:
             return 0
         memory = None
         if options.block_size is not None:
-            memory = MemoryConfig(options.block_size, options.segments, options.fam_length)
+            residual = "fam" if options.fam_length else "zero"  # pretrained layers expect one
+            memory = MemoryConfig(options.block_size, options.segments, options.fam_length, first_residual=residual)
         folder = import_model(options.model, options.output, progress=True, memory=memory)
     except (ValueError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
