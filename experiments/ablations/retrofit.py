@@ -59,4 +59,5 @@ def _small(config: TrainConfig) -> TrainConfig:
     memory = dataclasses.replace(memory, block_size=128, fam_length=min(memory.fam_length, 4))
     model = dataclasses.replace(config.model, memory=memory, lora=LoraConfig(rank=16), dtype="float32", remat="none")
     data = dataclasses.replace(data, source="shakespeare", batch_size=1, length=1024, block_size=128, repeat_tokens=64)
-    return dataclasses.replace(config, model=model, data=data, steps=24, log_every=1, checkpoint_every=0)
+    optim = dataclasses.replace(config.optim, learning_rate=1e-3)
+    return dataclasses.replace(config, model=model, data=data, optim=optim, steps=24, log_every=1, checkpoint_every=0)
