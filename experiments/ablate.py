@@ -1,7 +1,8 @@
-"""Runs a comparison: `python -m experiments.ablate ROW --size cpu`.
+"""Runs comparisons: `python -m experiments.ablate ROW --size cpu`; `--list` shows them all.
 
 Trains every arm with every seed, measures it, and puts all into one table and one plot. Started again, it goes on
-where it was stopped: finished runs are not trained again, and measured ones not measured again.
+where it was stopped: finished runs are not trained again, and measured ones not measured again. `--rows core` runs
+those that carry the papers' main claims, one row after another, `--rows all` all that have the size.
 """
 
 from __future__ import annotations
@@ -23,13 +24,17 @@ from experiments.process import BusyError, Stopped
 from experiments.train import NonFiniteError, train
 from experiments.typed import from_json, to_json
 
+SEEDS = (0, 1, 2)
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Trains and measures the arms of a comparison.
+    """Trains and measures the arms of comparisons.
 
     Attributes:
         row: Which comparison; a module of experiments/ablations.
+        rows: In its place several: "core", "all", or names.
+        list: Show all, their sizes and which runs are measured, and run nothing.
         size: One of its sizes.
         seeds: Of the parameters and of the data.
         arms: Only these. None: all.
@@ -37,9 +42,11 @@ class Options:
         output: Folder of the result files and the plot.
     """
 
-    row: tyro.conf.Positional[str]
+    row: tyro.conf.Positional[str | None] = None
+    rows: tuple[str, ...] = ()
+    list: bool = False
     size: str = "cpu"
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = SEEDS
     arms: tuple[str, ...] | None = None
     work_dir: Path = Path("runs")
     output: Path = results.DIRECTORY
@@ -57,32 +64,52 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"{ablations.__name__}.{name}")
 
 
-def configs(options: Options) -> dict[tuple[str, int], TrainConfig]:
-    """The runs by arm and seed, seed after seed, so that all arms are there early.
+def chosen(options: Options) -> list[str]:
+    """The rows that are asked for.
 
     Raises:
-        ValueError: The row, the size or an arm is not known, or a config does not fit together.
+        ValueError: There is none, or one that is not known or has no such size.
     """
-    row = load(options.row)
-    if options.size not in row.SIZES:
-        raise ValueError(f"size={options.size!r} is not known; {options.row} has {', '.join(row.SIZES)}")
-    arms = row.arms(options.size)
+    if (options.row is None) == (not options.rows):
+        raise ValueError("give a row, or several as --rows; --list shows all")
+    known = list(modules(ablations))
+    if options.row is not None:
+        names = [options.row]
+    elif options.rows == ("core",):
+        names = [name for name in known if load(name).CORE and options.size in load(name).SIZES]
+    elif options.rows == ("all",):
+        names = [name for name in known if options.size in load(name).SIZES]
+    else:
+        names = list(options.rows)
+    for name in names:
+        if options.size not in load(name).SIZES:
+            raise ValueError(f"size={options.size!r} is not known; {name} has {', '.join(load(name).SIZES)}")
+    return names
+
+
+def configs(name: str, options: Options) -> dict[tuple[str, int], TrainConfig]:
+    """The runs of a row by arm and seed, seed after seed, so that all arms are there early.
+
+    Raises:
+        ValueError: An arm is not known, or a config does not fit together.
+    """
+    arms = load(name).arms(options.size)
     unknown = [arm for arm in options.arms or () if arm not in arms]
     if unknown:
-        raise ValueError(f"arms={unknown} are not known; {options.row} has {', '.join(arms)}")
+        raise ValueError(f"arms={unknown} are not known; {name} has {', '.join(arms)}")
     found = {}
     for seed in options.seeds:
         for arm, config in arms.items():
             if options.arms is None or arm in options.arms:
-                folder = options.work_dir / f"{options.row}-{options.size}-{arm}-{seed}"
+                folder = options.work_dir / f"{name}-{options.size}-{arm}-{seed}"
                 data = dataclasses.replace(config.data, seed=seed)
                 found[arm, seed] = dataclasses.replace(config, name=arm, data=data, seed=seed, work_dir=str(folder))
                 check(found[arm, seed])
     return found
 
 
-def run(options: Options) -> tuple[results.Result, Path, Path]:
-    """Trains and measures what is not there yet.
+def run(name: str, options: Options) -> tuple[results.Result, Path, Path]:
+    """Trains and measures what is not there yet of a row.
 
     Returns:
         All of it as one result, its file and its plot.
@@ -92,10 +119,10 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
         Stopped: a signal came.
         CheckpointError, NonFiniteError, BusyError: as `experiments.train.train`.
     """
-    wanted = configs(options)
+    wanted = configs(name, options)
     results.make_directory(options.output)
-    name = f"{options.row}-{options.size}"
-    evaluation = load(options.row).evaluation(options.size)
+    evaluation = load(name).evaluation(options.size)
+    name = f"{name}-{options.size}"
     measured = []
     for number, ((arm, seed), config) in enumerate(wanted.items(), 1):
         file = options.output / name / f"{arm}-{seed}.json"
@@ -133,20 +160,35 @@ def _is_of(config: TrainConfig, result: results.Result) -> bool:
     return all(now[field] == then[field] for field in ("model", "data", "optim", "steps", "seed"))
 
 
+def overview(output: Path) -> str:
+    """A Markdown table of all rows: their sizes, and of each how many of its runs with three seeds are measured."""
+    cells = [["row", "core", "runs measured, by size", "what it compares"]]
+    for name, summary in modules(ablations).items():
+        row = load(name)
+        sizes = []
+        for size in row.SIZES:
+            files = [output / f"{name}-{size}" / f"{arm}-{seed}.json" for arm in row.arms(size) for seed in SEEDS]
+            sizes.append(f"{size} {sum(file.exists() for file in files)}/{len(files)}")
+        cells.append([name, "yes" if row.CORE else "", ", ".join(sizes), summary])
+    return report.markdown(cells, right=False)
+
+
 def main() -> int:
     """The command line; returns the exit code."""
-    rows = "\n".join(f"  {name:<16} {summary}" for name, summary in modules(ablations).items())
-    options = tyro.cli(Options, prog="python -m experiments.ablate", description=f"{__doc__}\nrows:\n{rows}")
+    options = tyro.cli(Options, prog="python -m experiments.ablate", description=__doc__)
     try:
-        result, file, figure = run(options)
+        if options.list:
+            print(overview(options.output))
+            return 0
+        for name in chosen(options):
+            result, file, figure = run(name, options)
+            print(f"{report.table(result)}\n\nwrote {file} and {figure}")
     except Stopped as stopped:
         print("to continue, give the same command again")
         return stopped.status
     except (ValueError, CheckpointError, NonFiniteError, BusyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(report.table(result))
-    print(f"\nwrote {file} and {figure}")
     return 0
 
 

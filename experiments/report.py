@@ -151,13 +151,19 @@ def table(result: Result) -> str:
     return markdown(cells)
 
 
-def markdown(cells: Sequence[Sequence[str]]) -> str:
-    """Lines of cells, the heading first, as a Markdown table; all columns but the first are aligned to the right."""
+def markdown(cells: Sequence[Sequence[str]], right: bool = True) -> str:
+    """Lines of cells, the heading first, as a Markdown table.
+
+    Args:
+        cells: Line by line.
+        right: Align all columns but the first to the right.
+    """
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    rule = ["-" * widths[0], *("-" * (width - 1) + (":" if right else "-") for width in widths[1:])]
 
     def show(line: Sequence[str]) -> str:
-        padded = [line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)]
+        place = str.rjust if right else str.ljust
+        padded = [line[0].ljust(widths[0])] + [place(c, w) for c, w in zip(line[1:], widths[1:], strict=True)]
         return "| " + " | ".join(padded) + " |"
 
     return "\n".join(map(show, [cells[0], rule, *cells[1:]]))

@@ -100,8 +100,8 @@ def test_all_arms_on_a_tiny_model(base, tmp_path, monkeypatch, row, size, evalua
     arms = {name: small(config, base) for name, config in module.arms(size).items()}
     monkeypatch.setattr(module, "arms", lambda size: arms)
     monkeypatch.setattr(module, "evaluation", lambda size: evaluation)
-    options = ablate.Options(row, size=size, seeds=(0,), work_dir=tmp_path / "runs", output=tmp_path / "results")
-    result, _, figure = ablate.run(options)
+    options = ablate.Options(size=size, seeds=(0,), work_dir=tmp_path / "runs", output=tmp_path / "results")
+    result, _, figure = ablate.run(row, options)
     assert [curve["label"] for curve in result.values["curves"]] == list(arms)
     assert figure.exists()
     _, before, _ = load_model(base.directory)

@@ -17,9 +17,10 @@ import numpy as np
 from experiments.checkpoint import Checkpoints, Restored
 from experiments.config import TrainConfig
 from experiments.data import TextData
+from experiments.data.passkey import PasskeyData
 from experiments.metrics import read_metrics
 from experiments.optim import OptimConfig, make_optimizer
-from experiments.step import create_state
+from experiments.step import create_state, make_train_step
 from experiments.typed import to_json
 from fam_jax import Decoder, DecoderConfig, MemoryConfig
 
@@ -128,6 +129,21 @@ def assert_same_bits(a, b) -> None:
             x, y = jax.random.key_data(x), jax.random.key_data(y)
         x, y = np.asarray(x), np.asarray(y)
         assert x.tobytes() == y.tobytes(), f"{jax.tree_util.keystr(path)} differs"
+
+
+def trace_step(config: TrainConfig) -> None:
+    """Traces a step of a run, so that shapes must fit; nothing is computed."""
+    model, (optimizer, schedule) = Decoder(config.model), make_optimizer(config.optim, config.steps)
+    state = jax.eval_shape(lambda: create_state(config, model, optimizer))
+    data, ids = config.data, np.int32
+    length = data.blocks[0] * data.block_size if isinstance(data, PasskeyData) else data.length
+    shapes = {"tokens": (length, ids), "targets": (length, ids), "weights": (length, np.float32)}
+    if config.stream:
+        shapes |= {flag: (length // data.block_size, np.bool_) for flag in ("reset", "padded")}
+    batch = {key: jax.ShapeDtypeStruct((data.batch_size, n), dtype) for key, (n, dtype) in shapes.items()}
+    after, metrics = jax.eval_shape(make_train_step(config, model, optimizer, schedule), state, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert metrics["loss"].shape == ()
 
 
 def metric_rows(config: TrainConfig) -> list[dict]:

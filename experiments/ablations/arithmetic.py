@@ -24,6 +24,7 @@ from experiments.config import TrainConfig
 from experiments.configs import arithmetic, lime_arithmetic
 
 SIZES = ("cpu", "paper")
+CORE = True
 CHECKPOINTS = 8  # at which the accuracy over steps is measured
 
 

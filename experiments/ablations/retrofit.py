@@ -22,6 +22,7 @@ from experiments.data import TextData
 from fam_jax import LoraConfig
 
 SIZES = ("cpu", "gpu")
+CORE = False
 BASE = "runs/smollm2-135m"
 
 

@@ -18,6 +18,7 @@ from experiments.data import TextData
 from experiments.data.passkey import PasskeyData
 
 SIZES = ("gpu",)
+CORE = False
 BLOCK = 256
 LENGTHS = (8, 16, 32, 72)  # blocks: 2k to 18k tokens
 

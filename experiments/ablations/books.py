@@ -1,0 +1,27 @@
+r"""Loss by position in books: the window with 0 to 4 past blocks, and with a FAM (TransformerFAM, table 11, PG-19).
+
+python -m experiments.ablate books --size cpu
+
+Paper (1B, next-token accuracy on PG-19): M0 43.0, M1 46.4, M2 46.6, M4 45.8, FAM with three past blocks 47.0; so that a
+window needs one past block and gains little from more, and FAM adds half a point. Ours: experiments/README.md.
+"""
+
+from typing import Any
+
+from experiments.ablations._bases import NO_FAM, books_base, books_evaluation, with_memory
+from experiments.config import TrainConfig
+
+SIZES = ("cpu", "gpu", "paper")
+CORE = True
+
+
+def arms(size: str) -> dict[str, TrainConfig]:
+    """The configs by arm."""
+    base = books_base(size)
+    made = {f"M{segments}": with_memory(base, segments=segments, **NO_FAM) for segments in (0, 1, 2, 4)}
+    return {**made, **{f"FAM-M{segments}": with_memory(base, segments=segments) for segments in (0, 1, 3)}}
+
+
+def evaluation(size: str) -> dict[str, Any]:
+    """How all arms are measured."""
+    return books_evaluation(size)

@@ -1,0 +1,34 @@
+r"""LIMe in deeper models of one width (LIMe, section 5.1).
+
+python -m experiments.ablate lime_depth --size cpu
+
+Paper (width 256, 32 to 128 layers): LIMe is ahead at every depth, more so the deeper, and 64 layers with it have a
+lower loss than 128 without. Ours: experiments/README.md.
+"""
+
+from typing import Any
+
+from experiments.ablations._bases import layers_base, layers_evaluation, with_model
+from experiments.config import TrainConfig
+from lime_jax import LimeConfig
+
+SIZES = ("cpu", "gpu", "paper")
+CORE = False
+
+
+def arms(size: str) -> dict[str, TrainConfig]:
+    """The configs by arm."""
+    base = layers_base(size)
+    depths = {"cpu": (4, 8, 16), "gpu": (8, 16, 32, 64), "paper": (32, 64, 128)}[size]
+    if size == "paper":
+        base = with_model(base, d_model=256, num_heads=8, num_kv_heads=8, head_dim=32, d_ff=1024)
+    made = {}
+    for depth in depths:
+        made[f"none-{depth}"] = with_model(base, num_layers=depth)
+        made[f"LIMe-{depth}"] = with_model(base, num_layers=depth, mixing=LimeConfig())
+    return made
+
+
+def evaluation(size: str) -> dict[str, Any]:
+    """How all arms are measured."""
+    return layers_evaluation(size)

@@ -1,0 +1,33 @@
+r"""How LIMe's routers begin and learn: start, learning rate and decay (LIMe, section 5.3).
+
+python -m experiments.ablate lime_router --size cpu
+
+Paper: fully random starts are worse than the identity with a little noise, weight decay is worse, and a learning rate
+of 1e-2, ten times that of the rest, is better; without numbers. Ours: experiments/README.md.
+"""
+
+import dataclasses
+from typing import Any
+
+from experiments.ablations._bases import layers_base, layers_evaluation, with_model
+from experiments.config import TrainConfig
+from lime_jax import LimeConfig
+
+SIZES = ("cpu", "gpu", "paper")
+CORE = False
+
+
+def arms(size: str) -> dict[str, TrainConfig]:
+    """The configs by arm."""
+    base = with_model(layers_base(size), mixing=LimeConfig())
+
+    def at(scale: float) -> TrainConfig:
+        return dataclasses.replace(base, optim=dataclasses.replace(base.optim, router_scale=scale))
+
+    zeros = with_model(base, mixing=LimeConfig(init="zeros"))
+    return {"rate-10": base, "rate-1": at(1.0), "rate-0.1": at(0.1), "zeros": zeros}
+
+
+def evaluation(size: str) -> dict[str, Any]:
+    """How all arms are measured."""
+    return layers_evaluation(size)
