@@ -141,7 +141,7 @@ def test_a_memory_from_the_command_line(imported, tmp_path):
     done = command(*words, "8", "--segments", "1", "--fam-length", "2")
     assert done.returncode == 0, done.stderr
     model, variables, run = load_model(tmp_path / "run")
-    assert model.config.memory == MemoryConfig(block_size=8, segments=1, fam_length=2)
+    assert model.config.memory == MemoryConfig(block_size=8, segments=1, fam_length=2, first_residual="fam")
     texts = ["ab ", "aab12 " * 20]
     answer = continue_text(model, variables, tokenizer_of(run, tmp_path / "run")[0], texts, 4, chunk=16)
     assert answer.state.fam.shape[-2] == 2
