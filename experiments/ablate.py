@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -87,8 +88,13 @@ def chosen(options: Options) -> list[str]:
     return names
 
 
-def configs(name: str, options: Options) -> dict[tuple[str, int], TrainConfig]:
+def configs(name: str, options: Options, checked: bool = True) -> dict[tuple[str, int], TrainConfig]:
     """The runs of a row by arm and seed, seed after seed, so that all arms are there early.
+
+    Args:
+        name: The row's.
+        options: Size, seeds, arms and folders.
+        checked: Check that each config can be trained here, see `experiments.config.check`.
 
     Raises:
         ValueError: An arm is not known, or a config does not fit together.
@@ -104,15 +110,16 @@ def configs(name: str, options: Options) -> dict[tuple[str, int], TrainConfig]:
                 folder = options.work_dir / f"{name}-{options.size}-{arm}-{seed}"
                 data = dataclasses.replace(config.data, seed=seed)
                 found[arm, seed] = dataclasses.replace(config, name=arm, data=data, seed=seed, work_dir=str(folder))
-                check(found[arm, seed])
+                if checked:
+                    check(found[arm, seed])
     return found
 
 
-def run(name: str, options: Options) -> tuple[results.Result, Path, Path]:
+def run(name: str, options: Options) -> tuple[results.Result, Path]:
     """Trains and measures what is not there yet of a row.
 
     Returns:
-        All of it as one result, its file and its plot.
+        All of it as one result, and its plot.
 
     Raises:
         ValueError: as `configs`, or the output folder cannot be made.
@@ -122,35 +129,54 @@ def run(name: str, options: Options) -> tuple[results.Result, Path, Path]:
     wanted = configs(name, options)
     results.make_directory(options.output)
     evaluation = load(name).evaluation(options.size)
-    name = f"{name}-{options.size}"
-    measured = []
     for number, ((arm, seed), config) in enumerate(wanted.items(), 1):
-        file = options.output / name / f"{arm}-{seed}.json"
-        if not file.exists():
-            print(f"run {number} of {len(wanted)}: {arm}, seed {seed}")
-            trained = train(config)
-            if trained.stopped:
-                raise Stopped(trained.stopped)
-            steps = None
-            if isinstance(config.data, QuestionData):
-                steps = (*range(config.checkpoint_every, config.steps, config.checkpoint_every), config.steps)
-            evaluate.run(
-                evaluate.Options(config.directory, name=file.stem, output=file.parent, steps=steps, **evaluation)
-            )
-        measured.append(results.read(file))
-        if not _is_of(config, measured[-1]):
-            raise ValueError(f"{file} was measured with other settings than {arm} has now; move it away")
-    result = dataclasses.replace(
-        measured[0],
-        name=name,
-        config={f"{arm}, seed {seed}": one.config for (arm, seed), one in zip(wanted, measured, strict=True)},
-        seeds=sorted({seed for one in measured for seed in one.seeds}),
-        values={"curves": [curve for one in measured for curve in one.values["curves"]]},
-        wall_seconds=sum(one.wall_seconds for one in measured),
-        command=results.command_line(),
+        file = place(name, options.size, arm, seed, options.output)
+        if file.exists():
+            continue
+        print(f"{name}, run {number} of {len(wanted)}: {arm}, seed {seed}")
+        trained = train(config)
+        if trained.stopped:
+            raise Stopped(trained.stopped)
+        steps = None
+        if isinstance(config.data, QuestionData):
+            steps = (*range(config.checkpoint_every, config.steps, config.checkpoint_every), config.steps)
+        evaluate.run(evaluate.Options(config.directory, name=file.stem, output=file.parent, steps=steps, **evaluation))
+    result = combined(name, options.size, wanted, options.output)
+    assert result is not None
+    return result, report.plot(result, options.output / f"{result.name}.png")
+
+
+def place(name: str, size: str, arm: str, seed: int, output: Path) -> Path:
+    """The file of a run's result."""
+    return output / f"{name}-{size}" / f"{arm}-{seed}.json"
+
+
+def combined(
+    name: str, size: str, wanted: Mapping[tuple[str, int], TrainConfig], output: Path
+) -> results.Result | None:
+    """The runs of a row that are measured, as one result; None if none is.
+
+    Raises:
+        ValueError: One was measured with other settings than its config has.
+    """
+    measured = {}
+    for (arm, seed), config in wanted.items():
+        file = place(name, size, arm, seed, output)
+        if file.exists():
+            measured[arm, seed] = results.read(file)
+            if not _is_of(config, measured[arm, seed]):
+                raise ValueError(f"{file} was measured with other settings than {arm} has now; move it away")
+    if not measured:
+        return None
+    return dataclasses.replace(
+        next(iter(measured.values())),
+        name=f"{name}-{size}",
+        config={f"{arm}, seed {seed}": one.config for (arm, seed), one in measured.items()},
+        seeds=sorted({seed for one in measured.values() for seed in one.seeds}),
+        values={"curves": [curve for one in measured.values() for curve in one.values["curves"]]},
+        wall_seconds=sum(one.wall_seconds for one in measured.values()),
+        command=f"python -m experiments.ablate {name} --size {size}",
     )
-    file = results.write(result, options.output)
-    return result, file, report.plot(result, file.with_suffix(".png"))
 
 
 def _is_of(config: TrainConfig, result: results.Result) -> bool:
@@ -167,7 +193,7 @@ def overview(output: Path) -> str:
         row = load(name)
         sizes = []
         for size in row.SIZES:
-            files = [output / f"{name}-{size}" / f"{arm}-{seed}.json" for arm in row.arms(size) for seed in SEEDS]
+            files = [place(name, size, arm, seed, output) for arm in row.arms(size) for seed in SEEDS]
             sizes.append(f"{size} {sum(file.exists() for file in files)}/{len(files)}")
         cells.append([name, "yes" if row.CORE else "", ", ".join(sizes), summary])
     return report.markdown(cells, right=False)
@@ -181,8 +207,8 @@ def main() -> int:
             print(overview(options.output))
             return 0
         for name in chosen(options):
-            result, file, figure = run(name, options)
-            print(f"{report.table(result)}\n\nwrote {file} and {figure}")
+            result, figure = run(name, options)
+            print(f"{report.table(result)}\n\nwrote {figure}, and the runs' results beside it")
     except Stopped as stopped:
         print("to continue, give the same command again")
         return stopped.status

@@ -101,7 +101,7 @@ def test_all_arms_on_a_tiny_model(base, tmp_path, monkeypatch, row, size, evalua
     monkeypatch.setattr(module, "arms", lambda size: arms)
     monkeypatch.setattr(module, "evaluation", lambda size: evaluation)
     options = ablate.Options(size=size, seeds=(0,), work_dir=tmp_path / "runs", output=tmp_path / "results")
-    result, _, figure = ablate.run(row, options)
+    result, figure = ablate.run(row, options)
     assert [curve["label"] for curve in result.values["curves"]] == list(arms)
     assert figure.exists()
     _, before, _ = load_model(base.directory)

@@ -1,0 +1,108 @@
+"""Writes experiments/README.md from the result files: `python -m experiments.evidence`.
+
+Every comparison of experiments/ablations with its claim, its command and what is measured so far, at every size.
+Figures go to experiments/docs/rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import tyro
+
+from experiments import ablate, ablations, report, results
+from experiments.command import modules, run_command
+
+PAGE = Path(__file__).with_name("README.md")
+FIGURES = "docs/rows"
+
+INTRO = """# Evidence
+
+Every claim of the two papers that this code can test, the command that tests it, and what came out. The papers are
+[TransformerFAM](https://arxiv.org/abs/2404.09173) and [LIMe](https://arxiv.org/abs/2502.09245). This page is made by
+`python -m experiments.evidence` from the files in `experiments/results`, which tell settings, versions, machine and
+commit of each run.
+
+A comparison has several arms, which differ in what is compared alone: all have the same steps, data and learning rate,
+and none a search of its own unless the row says so. `cpu` is minutes a run on two cores, `gpu` at most ten minutes a
+run on one GPU, `paper` the published shapes. `python -m experiments.ablate ROW --size cpu` trains and measures all arms
+and seeds, and goes on where it was stopped. Core rows carry the papers' main claims. A \u00b1 is half the width of the
+95 % interval of the mean over seeds; without one, a single seed was run.
+"""
+
+
+def page(output: Path = results.DIRECTORY) -> str:
+    """The Markdown of the page.
+
+    Args:
+        output: Folder of the result files.
+
+    Raises:
+        ResultError: A result file is damaged.
+        ValueError: One was measured with other settings than its arm has.
+    """
+    cells = [["row", "core", "what it compares", "runs", "outcome"]]
+    sections = []
+    for name, summary in modules(ablations).items():
+        row = ablate.load(name)
+        found = measured(name, output)
+        runs = ", ".join(f"{size} {len(result.config)}" for size, result in found.items()) or "none yet"
+        verdict = getattr(row, "VERDICT", "")
+        cells.append([f"[{name}](#{name})", "yes" if row.CORE else "", summary, runs, verdict or "open"])
+        sections += [f"## {name}", _text(inspect.getdoc(row) or "")]
+        if verdict:
+            sections.append(f"**Outcome**: {verdict}")
+        for size, result in found.items():
+            sections += [f"Size `{size}`:", report.table(result), f"![{result.name}]({FIGURES}/{result.name}.png)"]
+    return "\n\n".join([INTRO.strip(), report.markdown(cells, right=False), *sections]) + "\n"
+
+
+def measured(name: str, output: Path) -> dict[str, results.Result]:
+    """What is measured of a row, by size."""
+    found = {}
+    for size in ablate.load(name).SIZES:
+        options = ablate.Options(size=size, seeds=ablate.SEEDS, output=output)
+        result = ablate.combined(name, size, ablate.configs(name, options, checked=False), output)
+        if result is not None:
+            found[size] = result
+    return found
+
+
+def _text(doc: str) -> str:
+    """A module's docstring as Markdown: its commands become code."""
+    return re.sub(r"(?m)^((?:python|pip|GLIBC_TUNABLES)\b.*(?:\n +.*)*)$", r"    \1", doc).replace("\n    \n", "\n\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Writes the page and its figures.
+
+    Attributes:
+        output: Folder of the result files.
+    """
+
+    output: Path = results.DIRECTORY
+
+
+def main() -> int:
+    """The command line; returns the exit code."""
+    options = tyro.cli(Options, prog="python -m experiments.evidence", description=__doc__)
+    try:
+        text = page(options.output)
+        for name in modules(ablations):
+            for result in measured(name, options.output).values():
+                report.plot(result, PAGE.parent / FIGURES / f"{result.name}.png")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    PAGE.write_text(text, encoding="utf-8")
+    print(f"wrote {PAGE}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
