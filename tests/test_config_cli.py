@@ -15,6 +15,7 @@ import experiments.train
 from experiments import configs
 from experiments.config import TrainConfig, check
 from experiments.data.arithmetic import ArithmeticData
+from experiments.data.levels import LevelData
 from experiments.data.passkey import PasskeyData
 from experiments.data.prosqa import ProsqaData
 from experiments.optim import OptimConfig, make_optimizer
@@ -27,7 +28,7 @@ from fam_jax import Decoder, MemoryConfig
 @pytest.mark.parametrize("name", configs.summaries())
 def test_named_configs(name, tmp_path, monkeypatch):
     config = configs.get(name)
-    if getattr(config.data, "tokenizer", "bytes") != "bytes":  # beside a model that must be there first
+    if getattr(config.data, "tokenizer", "bytes") not in ("bytes", "words"):  # beside a model that must be there first
         monkeypatch.chdir(tmp_path)
         with pytest.raises(ValueError, match=r"tokenizer='runs/.*there is no such file"):
             check(config)
@@ -41,7 +42,7 @@ def test_named_configs(name, tmp_path, monkeypatch):
     model, (optimizer, schedule) = Decoder(config.model), make_optimizer(config.optim, config.steps)
     state = jax.eval_shape(lambda: create_state(config, model, optimizer))
     data, ids = config.data, np.int32
-    length = data.blocks[0] * data.block_size if isinstance(data, PasskeyData) else data.length
+    length = data.row_blocks(data.levels[0]) * data.block_size if isinstance(data, LevelData) else data.length
     shapes = {"tokens": (length, ids), "targets": (length, ids), "weights": (length, np.float32)}
     if config.stream:
         shapes |= {flag: (length // data.block_size, np.bool_) for flag in ("reset", "padded")}
@@ -86,7 +87,7 @@ def edit(values, path, value):
         (
             "data.type",
             "Cats",
-            "config.data.type='Cats' is not known; it must be one of TextData, PasskeyData",
+            "config.data.type='Cats' is not known; it must be one of TextData, PasskeyData, PairsData",
         ),
         ("model.num_kv_heads", 3, "num_kv_heads=3 does not divide num_heads=2"),
         ("work_dir", 3, "config.work_dir=3 is not allowed; it must be str or NoneType"),
@@ -156,7 +157,7 @@ def test_overrides_of_questions():
 
 def test_passkey_counts_in_the_blocks_of_the_model(tmp_path):
     config = dataclasses.replace(tiny(tmp_path), data=PasskeyData(block_size=16))
-    with pytest.raises(ValueError, match=r"data.block_size=16 and model.memory.block_size=8 differ, but PassKey"):
+    with pytest.raises(ValueError, match=r"data.block_size=16 and model.memory.block_size=8 differ, but the PassKey"):
         check(config)
     check(with_model(config, memory=MemoryConfig(block_size=16)))
     check(with_model(config, memory=None))  # full attention has no blocks
@@ -166,7 +167,7 @@ def test_passkey_has_no_validation_split(tmp_path):
     config = with_model(tiny(tmp_path), memory=None)
     config = dataclasses.replace(config, data=PasskeyData())
     check(config)
-    with pytest.raises(ValueError, match="eval_every=5 is not allowed: PassKey has no validation split"):
+    with pytest.raises(ValueError, match="eval_every=5 is not allowed: the PassKey task has no validation split"):
         check(dataclasses.replace(config, eval_every=5))
 
 

@@ -11,7 +11,7 @@ from experiments import measures
 from experiments.data.arithmetic import ArithmeticData
 from experiments.data.passkey import Passkey, PasskeyData
 from experiments.data.prosqa import ProsqaData
-from experiments.measures import answer_accuracy, loss_by_position, passkey_accuracy
+from experiments.measures import answer_accuracy, loss_by_position, recall_accuracy
 from fam_jax import GenerateOutput, generate
 
 MEMORIES = {"fam": tiny_run.FAM, "bswa": tiny_run.BSWA, "full": None}
@@ -86,17 +86,17 @@ def test_one_program_serves_all_lengths():
     before = measures._read._cache_size()
     for lengths in ((30, 10), (200, 150, 70, 5, 3), (2,)):
         loss_by_position(model, variables, texts(*lengths), batch_size=3, chunk=24, progress=False)
-    passkey_accuracy(*digit_model(), TASK, [9, 30], trials=3, batch_size=3, chunk=24, progress=False)
+    recall_accuracy(*digit_model(), TASK, [9, 30], trials=3, batch_size=3, chunk=24, progress=False)
     assert measures._read._cache_size() == before + 2  # one per model
 
 
 @pytest.mark.parametrize("memory", [tiny_run.FAM, None], ids=["fam", "full"])
-def test_passkey_accuracy_is_that_of_single_calls(memory):
+def test_recall_accuracy_is_that_of_single_calls(memory):
     """All digits must be the most likely ones, which is when greedy decoding writes them."""
     model, variables = digit_model(memory)
     task = Passkey(PasskeyData(block_size=8, blocks=(9,), digits=2))
     sizes = {"trials": 90, "batch_size": 40, "chunk": 16}
-    curve = passkey_accuracy(model, variables, task, [9, 12], **sizes, progress=False)
+    curve = recall_accuracy(model, variables, task, [9, 12], **sizes, progress=False)
     for blocks, correct in zip(curve["blocks"], curve["correct"], strict=True):
         right = 0
         for number, rows in enumerate((40, 40, 10)):
@@ -112,7 +112,7 @@ def test_passkey_accuracy_is_that_of_single_calls(memory):
 
 def test_chance_level_is_not_zero_for_a_single_digit():
     """The comparison above would hold if both sides were always zero; here they are not."""
-    curve = passkey_accuracy(*digit_model(), TASK, [9], trials=320, batch_size=40, chunk=16, progress=False)
+    curve = recall_accuracy(*digit_model(), TASK, [9], trials=320, batch_size=40, chunk=16, progress=False)
     assert 3 <= curve["correct"][0] <= 90
 
 
@@ -121,7 +121,7 @@ def test_samples_depend_on_the_seed_and_not_on_other_lengths():
 
     def correct(*lengths, **options):
         options = {"trials": 120, "batch_size": 40, "chunk": 16, "progress": False} | options
-        return passkey_accuracy(model, variables, TASK, lengths, **options)["correct"]
+        return recall_accuracy(model, variables, TASK, lengths, **options)["correct"]
 
     assert correct(9, 11) == correct(9) + correct(11)
     assert correct(9) == correct(9)
@@ -233,9 +233,9 @@ def test_answers_are_those_of_single_calls(monkeypatch):
         (lambda m, v: loss_by_position(m, v, [np.array([1, 256])]), "token id 256 is outside the vocabulary"),
         (lambda m, v: loss_by_position(m, v, texts(9), chunk=0), "chunk=0 is not allowed"),
         (lambda m, v: loss_by_position(m, v, texts(9), edges=[4, 4]), r"edges=\[4, 4\] is not allowed"),
-        (lambda m, v: passkey_accuracy(m, v, TASK, []), r"lengths=\[\]"),
-        (lambda m, v: passkey_accuracy(m, v, TASK, [9, 2]), "must be at least"),
-        (lambda m, v: passkey_accuracy(m, v, TASK, [9], trials=0), "trials=0"),
+        (lambda m, v: recall_accuracy(m, v, TASK, []), r"blocks=\[\]"),
+        (lambda m, v: recall_accuracy(m, v, TASK, [9, 2]), "must be at least"),
+        (lambda m, v: recall_accuracy(m, v, TASK, [9], trials=0), "trials=0"),
         (lambda m, v: answer_accuracy(m, v, QUESTIONS["prosqa"].task(), batch_size=0), "batch_size=0"),
     ],
 )
@@ -247,10 +247,10 @@ def test_bad_arguments_are_named(call, message):
 
 def test_passkey_needs_the_vocabulary_and_a_memory_to_zero():
     model, variables = tiny_run.init(tiny_run.model_config(vocab_size=12))
-    with pytest.raises(ValueError, match="vocab_size=12 is too small for PassKey"):
-        passkey_accuracy(model, variables, TASK, [9])
+    with pytest.raises(ValueError, match="vocab_size=12 is too small for the PassKey task"):
+        recall_accuracy(model, variables, TASK, [9])
     with pytest.raises(ValueError, match="vocab_size=12 is too small for the prosqa task, which has 68"):
         answer_accuracy(model, variables, QUESTIONS["prosqa"].task())
     model, variables = digit_model(tiny_run.BSWA)
     with pytest.raises(ValueError, match="this model has no FAM"):
-        passkey_accuracy(model, variables, TASK, [9], zero_memory=True)
+        recall_accuracy(model, variables, TASK, [9], zero_memory=True)

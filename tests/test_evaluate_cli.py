@@ -129,7 +129,7 @@ def test_command_refuses_what_does_not_fit(tmp_path, monkeypatch, capsys):
     questions = tiny_run.save(tiny_run.arithmetic_config(), tmp_path / "questions")
     (tmp_path / "file").touch()
     for arguments, message in (
-        (["--checkpoint", run, "--task", "loss-by-position"], "was trained on PassKey"),
+        (["--checkpoint", run, "--task", "loss-by-position"], "was trained on the PassKey task"),
         (["--checkpoint", text, "--task", "passkey"], "was trained on text"),
         (["--checkpoint", questions, "--task", "passkey"], "was trained on questions; use task=answers"),
         (["--checkpoint", text, "--task", "answers"], "was trained on text; use task=loss-by-position"),
