@@ -15,9 +15,12 @@ import experiments.train
 from experiments import configs
 from experiments.config import TrainConfig, check
 from experiments.data.arithmetic import ArithmeticData
+from experiments.data.babi import BabiData
 from experiments.data.levels import LevelData
+from experiments.data.pairs import PairsData
 from experiments.data.passkey import PasskeyData
 from experiments.data.prosqa import ProsqaData
+from experiments.data.tracking import TrackingData
 from experiments.optim import OptimConfig, make_optimizer
 from experiments.step import create_state, make_train_step
 from experiments.train import main, parse_config
@@ -55,7 +58,8 @@ def test_named_configs(name, tmp_path, monkeypatch):
 def test_json_round_trip(tmp_path):
     passkey = dataclasses.replace(tiny(tmp_path), data=PasskeyData(blocks=(5, 9)))
     full = dataclasses.replace(passkey, model=dataclasses.replace(passkey.model, memory=None))
-    tasks = [dataclasses.replace(full, data=data) for data in (ArithmeticData(operands=(4, 5)), ProsqaData(steps=(3,)))]
+    others = (ArithmeticData(operands=(4, 5)), ProsqaData(steps=(3,)), PairsData(live=2), TrackingData(), BabiData())
+    tasks = [dataclasses.replace(full, data=data) for data in others]
     for config in (tiny(tmp_path), passkey, full, *tasks):
         text = json.dumps(to_json(config))
         assert from_json(json.loads(text), TrainConfig) == config

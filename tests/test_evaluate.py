@@ -3,18 +3,26 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
 
 from experiments import measures
 from experiments.data.arithmetic import ArithmeticData
+from experiments.data.pairs import PairsData
 from experiments.data.passkey import Passkey, PasskeyData
 from experiments.data.prosqa import ProsqaData
+from experiments.data.tracking import TrackingData
 from experiments.measures import answer_accuracy, loss_by_position, recall_accuracy
 from fam_jax import GenerateOutput, generate
 
 MEMORIES = {"fam": tiny_run.FAM, "bswa": tiny_run.BSWA, "full": None}
+LEVELS = {
+    "pairs": tiny_run.pairs_config().data,
+    "remember": PairsData(block_size=8, pairs=(1,), per_block=1, live=2, symbols=2, value_length=1),
+    "tracking": TrackingData(blocks=(1,)),
+}
 TASK = Passkey(PasskeyData(block_size=8, blocks=(9, 10), digits=1))
 
 
@@ -114,6 +122,29 @@ def test_chance_level_is_not_zero_for_a_single_digit():
     """The comparison above would hold if both sides were always zero; here they are not."""
     curve = recall_accuracy(*digit_model(), TASK, [9], trials=320, batch_size=40, chunk=16, progress=False)
     assert 3 <= curve["correct"][0] <= 90
+
+
+@pytest.mark.parametrize("data", LEVELS.values(), ids=LEVELS.keys())
+def test_recall_is_that_of_single_calls_and_of_an_untrained_model_chance(data):
+    """An untrained model that names one of two things is right about half of the time."""
+    task = data.task("validation")
+    model, variables = tiny_run.init(tiny_run.model_config(tiny_run.FAM, 8))
+    embed = variables["params"]["embed"]
+    embed = embed.at[:2].set(20.0 * jnp.stack([embed[0], -embed[0]]))  # one of the two is always the most likely
+    variables = {"params": variables["params"] | {"embed": embed}}
+    levels = [1, 4]
+    curve = recall_accuracy(model, variables, task, levels, trials=150, batch_size=60, chunk=32, progress=False)
+    assert set(curve) == {data.counted, "accuracy", "correct", "trials"}
+    assert curve[data.counted] == levels
+    for level, correct in zip(levels, curve["correct"], strict=True):
+        right = 0
+        for number, rows in enumerate((60, 60, 30)):
+            batch = task.sample(np.random.default_rng([measures._EVALUATION, 0, level, number]), 60, level)
+            hits = plain_logits(model, variables, batch["tokens"]).argmax(-1) == batch["targets"]
+            right += (hits | (batch["weights"] == 0)).all(-1)[:rows].sum()
+        assert correct == right
+        assert 50 <= correct <= 100
+    assert curve["accuracy"] == [correct / 150 for correct in curve["correct"]]
 
 
 def test_samples_depend_on_the_seed_and_not_on_other_lengths():

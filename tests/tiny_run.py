@@ -11,6 +11,7 @@ from experiments.checkpoint import Checkpoints
 from experiments.config import TrainConfig
 from experiments.data import TextData
 from experiments.data.arithmetic import ArithmeticData
+from experiments.data.pairs import PairsData
 from experiments.data.passkey import PasskeyData, PasskeyTokenizer
 from fam_jax import Decoder, DecoderConfig, MemoryConfig
 
@@ -53,6 +54,11 @@ def passkey_config(memory: MemoryConfig | None = FAM) -> TrainConfig:
     data = PasskeyData(block_size=8, blocks=(9, 10), digits=1)
     model = model_config(memory, PasskeyTokenizer().vocab_size)
     return TrainConfig(name="tiny-passkey", model=model, data=data, steps=1, seed=3)
+
+
+def pairs_config(memory: MemoryConfig | None = FAM) -> TrainConfig:
+    data = PairsData(block_size=8, pairs=(1, 2), symbols=2, value_length=1, filler=2)
+    return TrainConfig(name="tiny-pairs", model=model_config(memory, 8), data=data, steps=1, seed=3)
 
 
 def arithmetic_config() -> TrainConfig:
