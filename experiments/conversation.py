@@ -80,7 +80,14 @@ class Answer:
 
 
 class Reader:
-    """A model that reads tokens in chunks and writes answers."""
+    """A model that reads tokens in chunks and writes answers.
+
+    Attributes:
+        model: The decoder.
+        variables: Its parameters.
+        style: How answers are written.
+        size: Tokens of a chunk: those of the style, in whole blocks.
+    """
 
     def __init__(self, model: Decoder, variables: Any, style: Style):
         """Checks the style.
@@ -95,7 +102,7 @@ class Reader:
         self._choice, self._heat = check_choice(
             config.vocab_size, style.temperature, style.top_k, style.top_p, style.min_p, style.repetition_penalty
         )
-        self._size = style.chunk if memory is None else -(-style.chunk // memory.block_size) * memory.block_size
+        self.size = style.chunk if memory is None else -(-style.chunk // memory.block_size) * memory.block_size
         self._ends = np.array([end for end in style.ends if end < config.vocab_size], np.int32)
 
     def read(self, pieces: Iterable[np.ndarray], state: StreamState | None = None) -> tuple[StreamState, int]:
@@ -163,7 +170,7 @@ class Reader:
 
         A cache has room for `new` more.
         """
-        config, size = self.model.config, self._size
+        config, size = self.model.config, self.size
         pieces = (check_ids(ids, config.vocab_size, "prompt") for ids in pieces)
         none = np.zeros(0, np.int32)
         if config.memory is None:  # the cache is made for the whole text, so its length must be known
@@ -191,12 +198,12 @@ class Reader:
         if state is None:
             return initial_state(self.model, 1, more)
         missing = int(to_host(state.offset)[0]) + more - state.open_k.shape[2]
-        steps = -(-missing // (4 * self._size))  # several chunks at a time: every size has programs of its own
-        return state if missing <= 0 else _widen(self.model, steps * 4 * self._size, state)
+        steps = -(-missing // (4 * self.size))  # several chunks at a time: every size has programs of its own
+        return state if missing <= 0 else _widen(self.model, steps * 4 * self.size, state)
 
     def _advance(self, state: StreamState, ids: np.ndarray, aligned: bool) -> StreamState:
         """The state after up to a chunk of tokens, padded so that one program serves all lengths."""
-        tokens = np.pad(ids, (0, self._size - len(ids)))[None]
+        tokens = np.pad(ids, (0, self.size - len(ids)))[None]
         return read_on(self.model, aligned, self.variables, state, tokens, np.array([len(ids)], np.int32))
 
     def _write(self, writing: Writing, limit: int, keys: Array) -> Writing:

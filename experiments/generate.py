@@ -37,7 +37,7 @@ from experiments.stored import find_checkpoint
 from fam_jax import MeshConfig, StreamState
 from fam_jax.sampling import check_choice
 
-PIECE = 1 << 16  # bytes of a prompt file that are in memory at a time
+PIECE = 1 << 13  # bytes of a prompt file that are in memory at a time; between them the progress bar stands still
 
 
 def text_pieces(path: str | Path, size: int = PIECE) -> Iterator[str]:
@@ -164,9 +164,9 @@ def run(
             state, tokens = load_state(options.load_state, model, about)
             tell(f"begins after {tokens:,} tokens, from {options.load_state}")
         if options.context_file:
-            pieces = encode_pieces(Literal(tokenizer), _counted(_joined(options.context_file), bar))
+            pieces = encode_pieces(Literal(tokenizer), counted(_joined(options.context_file), bar))
             if state is None:
-                pieces = _begun(chain(encode_pieces(tokenizer, [turns.head()]), pieces), settings.bos)
+                pieces = begun(chain(encode_pieces(tokenizer, [turns.head()]), pieces), settings.bos)
             with bar:
                 start = time.perf_counter()
                 state, count = reader.read(pieces, state)
@@ -183,7 +183,7 @@ def run(
             pieces = encode_pieces(tokenizer, texts)
             now = state if before is None else before.state
             answer = reader.answer(
-                _begun(pieces, settings.bos) if now is None else pieces,
+                begun(pieces, settings.bos) if now is None else pieces,
                 tokenizer.decode,
                 now,
                 seen=None if before is None else before.seen,
@@ -200,7 +200,7 @@ def run(
         answer: Answer | None = None
         if options.prompt_file is not None and not options.chat:
             with bar:
-                return ask(_counted(text_pieces(options.prompt_file), bar))
+                return ask(counted(text_pieces(options.prompt_file), bar))
         for question in _questions(options):
             if options.question:
                 tell(f"question: {question}")
@@ -318,7 +318,7 @@ def _joined(paths: Iterable[Path]) -> Iterator[str]:
         yield from text_pieces(path)
 
 
-def _begun(pieces: Iterable[np.ndarray], bos: int | None) -> Iterator[np.ndarray]:
+def begun(pieces: Iterable[np.ndarray], bos: int | None) -> Iterator[np.ndarray]:
     """The ids of a text from its beginning, with the token that begins texts unless it is there or is not used."""
     first = True
     for ids in pieces:
@@ -329,15 +329,20 @@ def _begun(pieces: Iterable[np.ndarray], bos: int | None) -> Iterator[np.ndarray
         yield ids
 
 
-def _counted(texts: Iterable[str], bar: tqdm) -> Iterator[str]:
+def counted(texts: Iterable[str], bar: tqdm) -> Iterator[str]:
     """Moves the bar on when a piece has been read."""
     for text in texts:
         yield text
         bar.update(len(text))
 
 
+def state_bytes(state: StreamState) -> int:
+    """The size of all that has been kept of a text."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
 def _size(state: StreamState) -> str:
-    return f"the state has {sum(leaf.nbytes for leaf in jax.tree.leaves(state)):,} bytes"
+    return f"the state has {state_bytes(state):,} bytes"
 
 
 if __name__ == "__main__":

@@ -365,7 +365,7 @@ class _Run:
         if self.log:
             self.log.flush()  # a run that goes on from here has all lines before
         position, rest = self.batches.get_state(), _rest(self.state)
-        loss = self.validation_metrics["loss"] if self.validated == step else None
+        loss = self.validation_metrics["loss"] if self.validation_metrics and self.validated == step else None
         with waiting(f"the checkpoint before that of step {step}"):
             self.checkpoints.begin(step, self.state.params, rest, self.config, position, loss)
 

@@ -92,7 +92,7 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """
     peak, end = config.learning_rate, config.decay_steps or steps
     decay = end - config.warmup_steps
-    if config.schedule == "constant":
+    if config.schedule == "constant" or not steps:
         rest = optax.constant_schedule(peak)
     elif decay < 1:
         raise ValueError(

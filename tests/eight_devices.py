@@ -145,10 +145,8 @@ def assert_close(got, wanted):
 
 FAST = {
     ("FAM with LoRA", "fsdp_tp"),
-    ("FAM with LIMe", "dp"),
     ("FAM with LIMe", "fsdp"),
     ("FAM with LIMe", "fsdp_tp x sequence"),
-    ("BSWA", "fsdp_tp"),
     ("FAM, many segments", "sequence"),
 }
 

@@ -108,7 +108,7 @@ def test_few_tokens_are_read_by_all_devices():
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 67))
 
     def go(apply):
-        variables = model.init(jax.random.key(0), tokens)
+        variables = jax.jit(model.init)(jax.random.key(0), tokens[:, :1])
         out = apply(variables, tokens[:, :64])
         return apply(variables, tokens[:, 64:], out.state).logits
 
@@ -136,7 +136,7 @@ def test_few_tokens_are_read_by_all_devices():
 def test_what_cannot_be_spread(name, length, message):
     model = Decoder(MODELS[name])
     tokens = jnp.zeros((2, length), jnp.int32)
-    variables = model.init(jax.random.key(0), tokens)
+    variables = jax.jit(model.init)(jax.random.key(0), tokens[:, :1])
     with jax.set_mesh(make_mesh(SHAPE)), pytest.raises(ValueError, match=message):
         jax.jit(model.apply)(variables, tokens)
 
@@ -144,7 +144,7 @@ def test_what_cannot_be_spread(name, length, message):
 def test_a_call_that_is_not_aligned_cannot_be_spread():
     model = Decoder(MODELS["BSWA"])
     tokens = jnp.zeros((2, 32), jnp.int32)
-    variables = model.init(jax.random.key(0), tokens)
+    variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
     state = model.init_state(2)
     with jax.set_mesh(make_mesh(SHAPE)):
         jax.eval_shape(functools.partial(model.apply, aligned=True), variables, tokens, state)

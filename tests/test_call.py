@@ -25,7 +25,7 @@ TOKENS = jnp.array([[1, 2, 3, 4, 5], [5, 4, 3, 2, 1]])
 
 @pytest.fixture(scope="module")
 def variables():
-    return MODEL.init(jax.random.key(0), TOKENS)
+    return jax.jit(MODEL.init)(jax.random.key(0), TOKENS)
 
 
 def test_lists_are_tokens_too(variables):
@@ -159,7 +159,7 @@ def test_generate_keeps_no_logits_of_the_prompt(variables):
     """Memory of reading a prompt grows with its length, but not by a vocabulary for each token."""
     config = DecoderConfig(20_000, 1, 8, 2, 1, 4, 8, memory=MemoryConfig(8, fam_length=2))
     model = Decoder(config)
-    large = model.init(jax.random.key(0), TOKENS)
+    large = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
 
     def read(tokens):
         return generate.__globals__["_generate"].lower(

@@ -98,7 +98,9 @@ def initial(config):
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 2e-2)])
-@pytest.mark.parametrize("name", ["fam", "fam, two segments, stopped", "bswa"])
+@pytest.mark.parametrize(
+    "name", ["fam", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fam, two segments, stopped", "bswa"))]
+)
 def test_schedules_agree_in_lower_precision(name, dtype, bound):
     """With the model's own initial weights: larger ones amplify rounding beyond what the tolerance is for."""
     config = dataclasses.replace(CASES[name], dtype=dtype, param_dtype="float32")

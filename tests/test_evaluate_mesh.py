@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -103,7 +104,7 @@ def assert_same_curves(file, wanted):
     ids=["fsdp-tensor", "fsdp", "data"],
 )
 def test_eight_devices(asked, alone, sizes):
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-c", _EIGHT, json.dumps([asked, PROMPT, sizes])],
         cwd=ROOT,

@@ -66,6 +66,12 @@ TOKENS = some_tokens(2, 3 * B + 1, seed=2)
 everywhere = pytest.mark.parametrize("name", MIXERS)
 
 
+def mostly_slow(names, fast):
+    """One of each way to mix is always tested: keys and values, what layers read, their outputs, streams."""
+    marks = [pytest.param(name, marks=[] if name in fast else pytest.mark.slow) for name in names]
+    return pytest.mark.parametrize("name", marks)
+
+
 @pytest.fixture
 def x64():
     with jax.enable_x64(True):
@@ -78,6 +84,10 @@ def full(mixing, **changes):
 
 def fam(mixing, **changes):
     return fam_config(num_layers=LAYERS, mixing=mixing, **changes)
+
+
+def initial_params(config):
+    return quick_jit(Decoder(config).init)(jax.random.key(0), TOKENS[:, :1])["params"]
 
 
 @pytest.mark.parametrize("name", {**MIXERS, **VARIANTS})
@@ -102,7 +112,7 @@ def values_and_gradients(config):
     return quick_jit(jax.value_and_grad(loss, has_aux=True))(params_of(config))
 
 
-@everywhere
+@mostly_slow(MIXERS, fast=("static_kv", "dynamic_views", "Attention Residuals", "Hyper-Connections"))
 def test_orders_agree_in_values_and_gradients(name, x64):
     """The layer schedule with scanned layers, the block schedule with unrolled ones, on one parameter tree."""
     config = fam(MIXERS[name])
@@ -111,7 +121,7 @@ def test_orders_agree_in_values_and_gradients(name, x64):
     assert_trees_close(two, one, 1e-10)
 
 
-@pytest.mark.parametrize("name", ["dynamic_kv", "dynamic_views", "Attention Residuals", "Hyper-Connections"])
+@mostly_slow(["dynamic_kv", "dynamic_views", "Attention Residuals", "Hyper-Connections"], fast=("dynamic_kv",))
 def test_orders_agree_in_parallel_blocks(name, x64):
     config = fam(MIXERS[name], parallel_block=True, schedule="block")
     one = values_and_gradients(config)
@@ -119,12 +129,23 @@ def test_orders_agree_in_parallel_blocks(name, x64):
     assert_trees_close(two, one, 1e-10)
 
 
-@pytest.mark.parametrize("backward", ["push", "rebuild"])
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize(
+    ("backward", "remat"),
+    [
+        ("push", "full"),
+        ("rebuild", "none"),
+        pytest.param("push", "none", marks=pytest.mark.slow),
+        pytest.param("rebuild", "full", marks=pytest.mark.slow),
+    ],
+)
 def test_ways_to_the_gradient_agree(backward, remat, x64):
     config = fam(LimeConfig(), remat=remat)
     other = dataclasses.replace(config, mixing=LimeConfig(backward=backward))
     assert_trees_close(values_and_gradients(other), values_and_gradients(config), 1e-10)
+
+
+# The others have no weights for layers that may not be read.
+WITH_DEAD_WEIGHTS = ("static_kv", "dynamic_kv", "static_hidden", "dynamic_hidden", "dynamic_views", "DenseFormer")
 
 
 def dead_weights(mixing):
@@ -148,11 +169,11 @@ def dead_weights(mixing):
     return {name: np.broadcast_to(where[name], leaf.shape) for name, leaf in wanted.items()}
 
 
-@everywhere
+@mostly_slow(MIXERS, fast=WITH_DEAD_WEIGHTS)
 def test_what_no_layer_reads_is_zero(name):
     """Initial parameters, gradients and optimiser moments of weights for later layers, in the padded layout."""
     config = dataclasses.replace(fam(MIXERS[name]), dtype="float32", param_dtype="float32")
-    params = Decoder(config).init(jax.random.key(0), TOKENS)["params"]
+    params = initial_params(config)
     mixing = params.get("mixing", {}).get("layers", {})
     dead = dead_weights(mixing)
     optimizer, _ = make_optimizer(OptimConfig(learning_rate=1e-2), steps=10)
@@ -264,7 +285,7 @@ def test_identity_router_is_the_model_without_mixing(router, dtype, tolerance):
         types = {"dtype": dtype, "param_dtype": dtype}
         plain, mixed = fam(None, **types), fam(LimeConfig(router, init="zeros"), **types)
         params = params_of(plain)
-        start = Decoder(mixed).init(jax.random.key(0), TOKENS)["params"]["mixing"]
+        start = initial_params(mixed)["mixing"]
         want = runner(plain)(params, TOKENS).logits
         got = runner(mixed)({**params, "mixing": start}, TOKENS).logits
         assert_close(got, want, tolerance)
@@ -273,7 +294,7 @@ def test_identity_router_is_the_model_without_mixing(router, dtype, tolerance):
 def test_last_one_is_no_mixing(x64):
     params = params_of(fam(None))
     mixed = fam(LimeConfig(sources="last:1", init="zeros"))
-    start = Decoder(mixed).init(jax.random.key(0), TOKENS)["params"]["mixing"]
+    start = initial_params(mixed)["mixing"]
     assert_close(runner(mixed)({**params, "mixing": start}, TOKENS).logits, runner(fam(None))(params, TOKENS).logits)
 
 

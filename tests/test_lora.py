@@ -135,11 +135,11 @@ def values_and_gradients(config):
     ("name", "changes"),
     [
         ("FAM", {"schedule": "block"}),
-        ("FAM", {"scan_layers": False}),
-        ("FAM", {"remat": "dots"}),
-        ("FAM with LIMe", {"schedule": "block"}),
+        pytest.param("FAM", {"scan_layers": False}, marks=pytest.mark.slow),
+        pytest.param("FAM", {"remat": "dots"}, marks=pytest.mark.slow),
+        pytest.param("FAM with LIMe", {"schedule": "block"}, marks=pytest.mark.slow),
         ("FAM with LIMe", {"scan_layers": False}),
-        ("FAM with views of every head", {"scan_layers": False}),
+        pytest.param("FAM with views of every head", {"scan_layers": False}, marks=pytest.mark.slow),
     ],
 )
 def test_schedules_and_unrolled_layers_agree(name, changes, x64):

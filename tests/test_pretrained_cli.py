@@ -136,6 +136,22 @@ def test_a_checkpoint_with_its_tokenizer(imported):
     assert import_model(str(folder.parent / "tiny.gguf"), folder) == folder  # what is there stays
 
 
+def test_a_memory_from_the_command_line(imported, tmp_path):
+    words = [str(imported[0].parent / "tiny.gguf"), "--output", str(tmp_path / "run"), "--block-size"]
+    done = command(*words, "8", "--segments", "1", "--fam-length", "2")
+    assert done.returncode == 0, done.stderr
+    model, variables, run = load_model(tmp_path / "run")
+    assert model.config.memory == MemoryConfig(block_size=8, segments=1, fam_length=2)
+    texts = ["ab ", "aab12 " * 20]
+    answer = continue_text(model, variables, tokenizer_of(run, tmp_path / "run")[0], texts, 4, chunk=16)
+    assert answer.state.fam.shape[-2] == 2
+    with pytest.raises(DataError, match=r"run is there, with another memory; give another folder as --output"):
+        import_model(words[0], tmp_path / "run")
+    done = command(*words, "1", "--fam-length", "2")
+    assert done.returncode == 2
+    assert "MemoryConfig.fam_length=2 is longer than block_size=1" in done.stderr
+
+
 def test_a_tokenizer_of_another_model(imported, tmp_path):
     small = dataclasses.replace(CONFIG, vocab_size=20)
     pretrained.save(tmp_path / "small", small, random_model(small))

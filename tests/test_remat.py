@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-from reference import assert_trees_close, quick_jit
+from reference import assert_trees_close, params_of, quick_jit
 
 from experiments import flops
 from experiments.typed import from_json, to_json
@@ -26,10 +26,10 @@ MODELS = {
 }
 
 
-FAST = ("BSWA", "FAM", "FAM, block schedule", "FAM with LIMe, pushed")
-models = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in MODELS]
-)
+def models(*fast):
+    """All models, of which some are always tested."""
+    marks = [pytest.param(name, marks=[] if name in fast else pytest.mark.slow) for name in MODELS]
+    return pytest.mark.parametrize("name", marks)
 
 
 def gradient(config: DecoderConfig):
@@ -50,19 +50,19 @@ def test_policies():
     assert list(POLICIES) == ["none", "dots", "attention", "full"]
 
 
-@models
+@models("BSWA", "FAM, block schedule", "FAM with LIMe, pushed")
 def test_values_and_gradients_are_the_same(name):
     with jax.enable_x64(True):
         config = dataclasses.replace(MODELS[name], dtype="float64", param_dtype="float64")
         tokens = jax.random.randint(jax.random.key(1), (2, 53), 0, config.vocab_size)
-        variables = Decoder(config).init(jax.random.key(0), tokens)
+        variables = {"params": params_of(config)}
         plain = quick_jit(gradient(config))(variables, tokens)
         for remat in ("dots", "attention", "full"):
             changed = dataclasses.replace(config, remat=remat)
             assert_trees_close(quick_jit(gradient(changed))(variables, tokens), plain, 1e-10)
 
 
-@models
+@models("BSWA", "FAM")
 def test_the_less_is_kept_the_more_is_computed_again(name):
     memory, operations = [], []
     for remat in ("none", "dots", "attention", "full"):

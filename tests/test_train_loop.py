@@ -309,7 +309,7 @@ def test_the_operations_of_a_step_are_in_its_metrics(finished):
 
 def test_a_run_of_no_steps_keeps_what_it_begins_with(tmp_path, compile_cache, capsys):
     """A model as it is can then be measured like any other."""
-    config = tiny(tmp_path, steps=0, optim=OptimConfig(schedule="constant"))
+    config = tiny(tmp_path, steps=0)
     first = train(config)
     assert (first.step, first.stopped) == (0, None)
     _, variables, _ = load_model(config.directory)

@@ -17,6 +17,11 @@ from fam_jax import Decoder, MemoryConfig, RSPState
 from fam_jax.loss import TokenLosses
 
 
+def first_state(config, model, optimizer):
+    """As one program: operation by operation it takes several times as long."""
+    return jax.jit(functools.partial(create_state, config, model, optimizer))()
+
+
 def losses_of(logits, targets):
     """Losses by the definition."""
     log_z = jax.nn.logsumexp(logits, axis=-1)
@@ -217,7 +222,7 @@ def test_noise_is_in_training_alone(tmp_path):
         memory = dataclasses.replace(base.model.memory, noise=noise, rsp=0.0)
         config = dataclasses.replace(base, model=dataclasses.replace(base.model, memory=memory))
         model, (optimizer, schedule) = Decoder(config.model), make_optimizer(config.optim, config.steps)
-        state = create_state(config, model, optimizer)
+        state = first_state(config, model, optimizer)
         sums, _ = make_eval_step(model)(state.params, batch, None)
         _, metrics = make_train_step(config, model, optimizer, schedule)(state, batch)
         return float(metrics["loss"]), float(means(sums)["loss"])
@@ -234,17 +239,25 @@ MEMORIES = {
 }
 
 
-@pytest.mark.parametrize(("mode", "memory"), [*(("stream", name) for name in MEMORIES), ("packed", "FAM")])
+@pytest.mark.parametrize(
+    ("mode", "memory"),
+    [
+        ("stream", "FAM"),
+        ("stream", "BSWA"),
+        pytest.param("stream", "no segments", marks=pytest.mark.slow),
+        ("packed", "FAM"),
+    ],
+)
 def test_parts_of_a_batch_add_up_to_it(tmp_path, mode, memory):
     """Gradients, metrics and the memory that is handed on, when parts have unequal numbers of tokens."""
     rsp = MEMORIES[memory].rsp if mode == "stream" else 0.0  # packed rows draw in every step
     base = with_model(tiny(tmp_path, mode=mode), memory=dataclasses.replace(MEMORIES[memory], rsp=rsp))
+    base = dataclasses.replace(base, z_loss=0.1, data=dataclasses.replace(base.data, batch_size=4))
+    model, optimizer = Decoder(base.model), optax.sgd(0.1)
+    start = first_state(base, model, optimizer)
     found = []
     for parts in (1, 2, 4):
-        data = dataclasses.replace(base.data, batch_size=4)
-        config = dataclasses.replace(base, accumulate=parts, z_loss=0.1, data=data)
-        model, optimizer = Decoder(config.model), optax.sgd(0.1)
-        state = create_state(config, model, optimizer)
+        config, state = dataclasses.replace(base, accumulate=parts), jax.tree.map(jnp.copy, start)
         step = make_train_step(config, model, optimizer, lambda step: 0.1)
         rng = np.random.default_rng(0)
         for _ in range(2):
@@ -276,7 +289,7 @@ def test_a_step_that_is_not_finite_is_left_out(tmp_path):
         {"tokens": rows[:, :-1], "targets": rows[:, 1:], "weights": np.ones((2, 32), np.float32), **flags}
         for rows in ids
     ]
-    state, metrics = step(create_state(config, model, optimizer), batches[0])
+    state, metrics = step(first_state(config, model, optimizer), batches[0])
     assert float(metrics["skipped"]) == 0
     before = jax.tree.map(jnp.copy, state)
     state, metrics = step(state, batches[1] | {"weights": np.full((2, 32), np.nan, np.float32)})

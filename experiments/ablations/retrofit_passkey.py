@@ -28,7 +28,7 @@ def arms(size: str) -> dict[str, TrainConfig]:
     for name, base, segments in (("window-1", retrofit_bswa.config(), 1), ("FAM", retrofit_fam.config(), 0)):
         assert base.model.memory is not None
         assert isinstance(base.data, TextData)
-        memory = dataclasses.replace(base.model.memory, segments=segments)
+        memory = dataclasses.replace(base.model.memory, segments=segments, rsp=0.0)
         made[name] = dataclasses.replace(
             base,
             model=dataclasses.replace(base.model, memory=memory),

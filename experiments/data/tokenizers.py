@@ -172,7 +172,7 @@ def encode_pieces(tokenizer: Encodes, texts: Iterable[str]) -> Iterator[np.ndarr
     A tokenizer may treat the beginning of a text in its own way: SentencePiece, say, puts a blank before it, which in
     the middle of a text would be one that is not there. So what follows the first piece is encoded together with the
     word before it. The pieces are cut anew before blanks, where tokens end; those that are given may end in the middle
-    of a word.
+    of a word. What has no blank and no end of a line is held in memory until one comes, but for bytes.
 
     Args:
       tokenizer: of the text.
