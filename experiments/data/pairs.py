@@ -42,6 +42,8 @@ class PairsData(LevelData):
       per_block: pairs in a block; 0 is as many as fit.
       live: so many different keys in a row, of which each pair writes any one; 0: all pairs have different keys.
       filler: blocks between the last pair and the block with the question.
+      asked: questions of a training row, one after another in its last block, of pairs that may be the same. More teach
+        sooner, since all else has no loss. What is measured is always one question.
       key_length: symbols of a key.
       value_length: symbols of a value.
       symbols: different ones, of the letters and digits.
@@ -54,6 +56,7 @@ class PairsData(LevelData):
     per_block: int = 0
     live: int = 0
     filler: int = 2
+    asked: int = 1
     key_length: int = 2
     value_length: int = 2
     symbols: int = len(SYMBOLS)
@@ -64,7 +67,7 @@ class PairsData(LevelData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("key_length", "value_length"):
+        for name in ("asked", "key_length", "value_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         for name in ("per_block", "live", "filler"):
@@ -77,6 +80,12 @@ class PairsData(LevelData):
                 f"block_size={self.block_size}: must be at least {max(self.per_block, 1) * self.pair_tokens}, so that "
                 f"{max(self.per_block, 1)} pairs of {self.pair_tokens} tokens fit into a block"
             )
+        most = (self.block_size + 1) // self.question_tokens  # the last token is a target only
+        if self.asked > most:
+            raise ValueError(
+                f"asked={self.asked}: must be at most {most}, so that questions of {self.question_tokens} tokens fit "
+                f"into a block of block_size={self.block_size}"
+            )
         if self.live > self.keys:
             raise ValueError(f"live={self.live}: must be at most {self.keys}, the number of different keys")
         self.check_levels()
@@ -85,6 +94,11 @@ class PairsData(LevelData):
     def pair_tokens(self) -> int:
         """Tokens of a pair with its marks."""
         return self.key_length + self.value_length + 3
+
+    @property
+    def question_tokens(self) -> int:
+        """Tokens of a question with its marks and its answer."""
+        return self.key_length + self.value_length + 2
 
     @property
     def held(self) -> int:
@@ -125,7 +139,7 @@ class PairsData(LevelData):
         return PairsTokenizer(self.symbols)
 
     def task(self, split: str = "train") -> Pairs:
-        return Pairs(self)
+        return Pairs(self if split == "train" else dataclasses.replace(self, asked=1))
 
 
 class PairsTokenizer(WordTokenizer):
@@ -146,7 +160,7 @@ class Pairs(LevelTask):
         self.tokenizer = config.load_tokenizer()
 
     def sample(self, rng: np.random.Generator, rows: int, level: int) -> Batch:
-        """Random samples of so many pairs; the last targets are the value. See `LevelTask.sample`."""
+        """Random samples of so many pairs; the last targets are a value. See `LevelTask.sample`."""
         config = self.config
         config.check_levels([level])
         pool = np.stack([rng.choice(config.keys, config.live or level, replace=False) for _ in range(rows)])
@@ -158,11 +172,11 @@ class Pairs(LevelTask):
         keys = np.take_along_axis(pool, which, axis=1)[..., None] // places % config.symbols
         values = rng.integers(config.symbols, size=(rows, level, config.value_length))
 
-        asked = np.take_along_axis(which, rng.integers(level, size=(rows, 1)), axis=1)
-        last = level - 1 - np.argmax((which == asked)[:, ::-1], axis=1)  # of the pairs with the key, the value counts
-        row = np.arange(rows)
-        answer = values[row, last]
-        question = self._joined(ASK, keys[row, last], ARROW, answer)
+        asked = np.take_along_axis(which, rng.integers(level, size=(rows, config.asked)), axis=1)
+        same = which[:, None] == asked[..., None]
+        last = level - 1 - np.argmax(same[..., ::-1], axis=2)  # of the pairs with the key, the last one counts
+        row = np.arange(rows)[:, None]
+        questions = self._joined(ASK, keys[row, last], ARROW, values[row, last])
 
         pairs = self._joined(EDGE, keys, ARROW, values, EDGE)
         filler = self.tokenizer.ids[FILLER]
@@ -173,9 +187,11 @@ class Pairs(LevelTask):
         width = config.held * config.pair_tokens
         text[:, :blocks, :width] = cells.reshape(rows, blocks, width)
         ids = np.concatenate([text.reshape(rows, -1), np.full((rows, 1), filler)], axis=1).astype(np.int32)
-        ids[:, -question.shape[1] :] = question
-        weights = np.zeros((rows, ids.shape[1] - 1), np.float32)
-        weights[:, -config.value_length :] = 1
+        width = config.asked * config.question_tokens
+        ids[:, -width:] = questions.reshape(rows, width)
+        weights = np.zeros(ids.shape, np.float32)
+        weights[:, -width:] = np.tile(np.arange(config.question_tokens) >= config.key_length + 2, config.asked)
+        weights = weights[:, 1:]
         return {"tokens": ids[:, :-1], "targets": ids[:, 1:], "weights": weights}
 
     def _joined(self, *parts: str | np.ndarray) -> np.ndarray:
