@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_data_levels import small_books
+from data_helpers import small_books
 
 from experiments.data import DataError, documents
 from experiments.data.babi import BabiData

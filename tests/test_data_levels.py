@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import tiny_run
+from data_helpers import small_books
 
 from experiments.batches import load_data
 from experiments.config import check
@@ -15,15 +16,6 @@ from experiments.data.levels import LevelBatches
 from experiments.data.pairs import PairsData
 from experiments.data.tracking import TrackingData
 from fam_jax import MemoryConfig
-
-
-def small_books(folder):
-    """Writes books and returns settings of data that reads them."""
-    (folder / "books").mkdir()
-    for number in range(20):
-        lines = (f"{line} lines before this one in book {number}\n" for line in range(5 + 9 * number))
-        (folder / "books" / f"{number}.txt").write_text("".join(lines))
-    return {"source": f"text:{folder}/books", "data_dir": str(folder / "prepared")}
 
 
 @pytest.fixture(scope="module")
@@ -132,18 +124,11 @@ def test_wrong_settings_name_the_field_and_the_value(settings, message):
         TrackingData(**settings)
 
 
-def run_of(config, segments=0, **changes):
-    memory = MemoryConfig(block_size=config.block_size, segments=segments, fam_length=2)
-    base = tiny_run.passkey_config()
-    changes = {"data": config, "eval_every": 0, "model": tiny_run.model_config(memory)} | changes
-    return dataclasses.replace(base, **changes)
-
-
 def test_runs_are_checked(config):
-    check(run_of(config))
+    check(tiny_run.run_of(config))
     with pytest.raises(ValueError, match=f"the {config.title} task has no validation split"):
-        check(run_of(config, eval_every=5))
+        check(tiny_run.run_of(config, eval_every=5))
     with pytest.raises(ValueError, match=rf"model.memory.block_size=3 differ, but the {config.title} task counts"):
-        check(run_of(config, model=tiny_run.model_config(MemoryConfig(block_size=3))))
+        check(tiny_run.run_of(config, model=tiny_run.model_config(MemoryConfig(block_size=3))))
     with pytest.raises(ValueError, match=f"vocab_size=2 is too small for the {config.title} task"):
-        check(run_of(config, model=tiny_run.model_config(None, vocab_size=2)))
+        check(tiny_run.run_of(config, model=tiny_run.model_config(None, vocab_size=2)))

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
-from test_data_levels import run_of
 
 from experiments.config import check
 from experiments.data import DataError
@@ -120,10 +119,10 @@ def test_no_window_reaches_the_pairs(segments):
     model, variables = tiny_run.init(tiny_run.model_config(memory, 80))
     reach = model.config.num_layers * segments
     config = PairsData(**SMALL, filler=reach)
-    check(run_of(config, segments))
+    check(tiny_run.run_of(config, segments))
     if reach:
         with pytest.raises(ValueError, match=rf"data.filler={reach - 1} leaves pairs within reach.*at least {reach}"):
-            check(run_of(PairsData(**SMALL, filler=reach - 1), segments))
+            check(tiny_run.run_of(PairsData(**SMALL, filler=reach - 1), segments))
     tokens = config.task().sample(np.random.default_rng(0), 2, 4)["tokens"]
     other = tokens.copy()
     other[:, : 16 * 2] = 70  # two blocks of pairs
@@ -133,7 +132,7 @@ def test_no_window_reaches_the_pairs(segments):
 
 
 def test_full_attention_needs_no_filler():
-    check(run_of(PairsData(**SMALL, filler=0), model=tiny_run.model_config(None)))
+    check(tiny_run.run_of(PairsData(**SMALL, filler=0), model=tiny_run.model_config(None)))
 
 
 @pytest.mark.parametrize(

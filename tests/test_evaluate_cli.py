@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny_run
-from test_data_levels import small_books
+from data_helpers import small_books
 
 from experiments import evaluate, results
 from experiments.data.babi import BabiData
