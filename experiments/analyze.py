@@ -52,7 +52,7 @@ class Options:
         circuits: For depth and semantic circuits: how many of the strongest to name.
         top: For semantic circuits: tokens to list for each.
         p: For pruning: shares of each head's absolute weight to keep.
-        seed: Of the PassKey samples, and of what probes pick and how they divide it.
+        seed: Of the samples of tasks with levels, such as PassKey, and of what probes pick and how they divide it.
     """
 
     checkpoint: Path

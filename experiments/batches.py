@@ -7,18 +7,19 @@ from typing import Any
 import jax
 
 from experiments.data import Batches, DataError, TextData, load, prepare
+from experiments.data.babi import BabiData
 from experiments.data.cache import LOCK_SECONDS
-from experiments.data.passkey import PasskeyBatches
+from experiments.data.levels import LevelBatches, LevelData
 from experiments.data.questions import QuestionBatches, QuestionData
 from experiments.distributed import check_same, on_main
 from experiments.files import is_remote
 
 
 def load_data(data: Any, split: str) -> Batches:
-    """Endless batches of a split of any data config; PassKey has no other split than "train"."""
+    """Endless batches of a split of any data config; tasks with levels have no other split than "train"."""
     if isinstance(data, QuestionData):
         return QuestionBatches(data, split)
-    return load(data, split) if isinstance(data, TextData) else PasskeyBatches(data)
+    return LevelBatches(data) if isinstance(data, LevelData) else load(data, split)
 
 
 def prepare_together(data: Any) -> None:
@@ -30,6 +31,8 @@ def prepare_together(data: Any) -> None:
         DataError: See `prepare`.
         DistributedError: The processes found other text.
     """
+    if isinstance(data, BabiData):
+        data = data.text
     if jax.process_count() == 1 or not isinstance(data, TextData):
         return
     if is_remote(data.directory):  # once, by the main process; the others copy it

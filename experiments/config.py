@@ -11,8 +11,12 @@ from jax.sharding import Mesh
 
 from experiments.data import TextData, load_tokenizer
 from experiments.data.arithmetic import ArithmeticData
+from experiments.data.babi import BabiData
+from experiments.data.levels import LevelData
+from experiments.data.pairs import PairsData
 from experiments.data.passkey import PasskeyData
 from experiments.data.prosqa import ProsqaData
+from experiments.data.tracking import TrackingData
 from experiments.files import location
 from experiments.optim import OptimConfig, make_schedule
 from experiments.typed import check_types
@@ -62,7 +66,7 @@ class TrainConfig:
 
     name: str
     model: DecoderConfig
-    data: TextData | PasskeyData | ArithmeticData | ProsqaData
+    data: TextData | PasskeyData | PairsData | TrackingData | BabiData | ArithmeticData | ProsqaData
     steps: int
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     seed: int = 0
@@ -158,21 +162,18 @@ def check(config: TrainConfig) -> None:
     if isinstance(data, TextData):
         tokenizer = load_tokenizer(data.tokenizer)
         vocabulary, what, shortest = tokenizer.vocab_size, f"data.tokenizer={data.tokenizer!r}", data.length
-    elif isinstance(data, PasskeyData):
-        data.check_lengths()
+    elif isinstance(data, LevelData):
+        data.check_levels()
         tokenizer = data.load_tokenizer()
-        vocabulary, what, shortest = tokenizer.vocab_size, "the PassKey task", data.blocks[0] * data.block_size
+        vocabulary, what = tokenizer.vocab_size, f"the {data.title} task"
+        shortest = data.row_blocks(data.levels[0]) * data.block_size
         if config.eval_every:
             raise ValueError(
-                f"eval_every={config.eval_every} is not allowed: PassKey has no validation split, since "
+                f"eval_every={config.eval_every} is not allowed: {what} has no validation split, since "
                 "every training batch is of new samples; set eval_every to 0 and measure with "
                 "experiments.evaluate"
             )
-        if memory is not None and memory.block_size != data.block_size:
-            raise ValueError(
-                f"data.block_size={data.block_size} and model.memory.block_size={memory.block_size} differ, but "
-                "PassKey counts its lengths in the blocks of the model; set both to the same value"
-            )
+        data.check_model(config.model)
     else:
         vocabulary, what, shortest = data.vocab_size, f"the {data.task().tokenizer.name} task", data.length
     if config.train_mixing and (config.model.lora is None or config.model.mixing is None):
@@ -212,9 +213,10 @@ def check_mesh(config: TrainConfig, mesh: Mesh) -> None:
     size, memory, data = mesh.shape["sequence"], config.model.memory, config.data
     if size == 1 or "sequence" not in config.model.sharding.block:
         return
-    if isinstance(data, PasskeyData):
+    if isinstance(data, LevelData):
         raise ValueError(
-            f"mesh.sequence={size} is not allowed with PassKey, whose rows grow block by block; set mesh.sequence to 1"
+            f"mesh.sequence={size} is not allowed with the {data.title} task, whose rows grow block by block; set "
+            "mesh.sequence to 1"
         )
     if memory is None or config.model.schedule == "block":
         what = "full attention (model.memory=None)" if memory is None else "model.schedule='block'"

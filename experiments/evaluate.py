@@ -2,8 +2,10 @@
 
 `loss-by-position` is the loss of each token of whole validation documents by its place in the document: a
 memory that works lowers it far beyond the window. `passkey` is the share of pass keys told right, by the
-length of the text. `answers` is the share of test questions answered right in free writing, by difficulty or, for
-several checkpoints of a run, by step. The measures themselves are in `experiments.measures`.
+length of the text; `pairs`, `tracking` and `babi` are the same for key-value pairs, for the product of a group's
+generators, and for questions about facts in book text. `answers` is the share of test questions answered right in free
+writing, by difficulty or, for several checkpoints of a run, by step. The measures themselves are in
+`experiments.measures`.
 
 Rows are spread over all devices. The same command on every process of a job evaluates on all of them, as in training.
 """
@@ -27,11 +29,13 @@ from experiments.checkpoint import CheckpointError, load_model
 from experiments.command import run_command
 from experiments.config import TrainConfig, reading_mesh
 from experiments.data import TextData
-from experiments.data.passkey import Passkey, PasskeyData
+from experiments.data.babi import BabiData
+from experiments.data.levels import LevelData
+from experiments.data.passkey import PasskeyData
 from experiments.data.questions import QuestionData
 from experiments.distributed import Processes, check_same, is_main, on_main
 from experiments.files import location, run_folder
-from experiments.measures import answer_accuracy, check_positive, loss_by_position, passkey_accuracy
+from experiments.measures import answer_accuracy, check_positive, loss_by_position, recall_accuracy
 from experiments.typed import to_json
 from fam_jax import Decoder, MeshConfig
 
@@ -46,22 +50,23 @@ class Options:
         name: Name of the result. None: the run's name and the task.
         output: Folder of the result file and the plot. None: `results` in the run's folder.
         batch_size: Texts read side by side.
-        chunk: For loss-by-position and passkey: tokens of a row per step.
+        chunk: For all but answers: tokens of a row per step.
         source: Text for loss-by-position instead of the run's own, named as in training.
         documents: For loss-by-position: at most so many validation documents. None: all.
         max_tokens: For loss-by-position: read at most so many tokens of each document. None: all.
-        lengths: For passkey: lengths in blocks. None: the trained ones, and 2, 4 and 14 times the longest.
-        trials: For passkey: samples per length.
+        lengths: For passkey, tracking and babi: lengths in blocks; for pairs: numbers of pairs. None: the trained ones,
+            and 2, 4 and 14 times the longest.
+        trials: For passkey, pairs, tracking and babi: samples per length.
         depth: For passkey: where the key stands. None: as in training, and uniform if that mixes both.
-        zero_memory: For passkey: measure also with the FAM set to zero after every block.
-        seed: For passkey: of the samples.
+        zero_memory: For passkey, pairs, tracking and babi: measure also with the FAM set to zero after every block.
+        seed: For passkey, pairs, tracking and babi: of the samples.
         steps: For answers: the checkpoints of these steps of the run. None: the latest only.
         mesh: How the devices are used, as in training.
         distributed: Several processes, as in training.
     """
 
     checkpoint: Path
-    task: Literal["loss-by-position", "passkey", "answers"] | None = None
+    task: Literal["loss-by-position", "passkey", "pairs", "tracking", "babi", "answers"] | None = None
     name: str | None = None
     output: Path | None = None
     batch_size: int = 16
@@ -79,10 +84,14 @@ class Options:
     distributed: Processes = dataclasses.field(default_factory=Processes)
 
 
+_RECALL = {"chunk", "lengths", "trials", "zero_memory", "seed"}
 # Of the options, those that only some tasks read. One that is given to another would be ignored.
 _READ_BY = {
     "loss-by-position": {"chunk", "source", "documents", "max_tokens"},
-    "passkey": {"chunk", "lengths", "trials", "depth", "zero_memory", "seed"},
+    "passkey": {"depth", *_RECALL},
+    "pairs": _RECALL,
+    "tracking": _RECALL,
+    "babi": _RECALL,
     "answers": {"steps"},
 }
 
@@ -121,8 +130,8 @@ def _run(options: Options, mesh: Mesh) -> tuple[results.Result, Path, Path]:
     # What is measured for minutes must have a place to go to.
     folder = options.output or run_folder(options.checkpoint) / "results"
     output = location(on_main(lambda: str(results.make_directory(folder)), (ValueError, OSError)))
-    if task == "passkey":
-        values, manifest, seeds = _passkey(options, model, variables, config)
+    if isinstance(config.data, LevelData):
+        values, manifest, seeds = _recall(options, model, variables, config)
     elif task == "loss-by-position":
         values, manifest, seeds = _documents(options, model, variables, config)
     elif options.steps is None:
@@ -178,8 +187,8 @@ def _warn_rows(options: Options, config: TrainConfig, mesh: Mesh) -> None:
 
 def _fits(config: TrainConfig) -> tuple[str, str]:
     """The task that fits what a run was trained on, and what that is called."""
-    if isinstance(config.data, PasskeyData):
-        return "passkey", "PassKey"
+    if isinstance(config.data, LevelData):
+        return config.data.kind, f"the {config.data.title} task"
     return ("loss-by-position", "text") if isinstance(config.data, TextData) else ("answers", "questions")
 
 
@@ -226,31 +235,38 @@ def _answers_by_step(
     return {"curves": list(curves.values())}, None, [config.seed]
 
 
-def _passkey(options: Options, model: Decoder, variables: Any, config: TrainConfig) -> tuple[Any, Any, list[int]]:
-    """Values, data manifest and seeds of the PassKey result of a checkpoint."""
-    settings = config.data
-    assert isinstance(settings, PasskeyData)
-    trained = "uniform" if settings.depth == "mixed" else settings.depth
-    settings = dataclasses.replace(settings, depth=options.depth or trained)
-    longest = settings.blocks[-1]
-    lengths = options.lengths or (*settings.blocks, *(longest * times for times in (2, 4, 14)))
+def _recall(options: Options, model: Decoder, variables: Any, config: TrainConfig) -> tuple[Any, Any, list[int]]:
+    """Values, data manifest and seeds of a checkpoint's result in a task with levels."""
+    settings, manifest, more = config.data, None, {}
+    assert isinstance(settings, LevelData)
+    if isinstance(settings, PasskeyData):
+        trained = "uniform" if settings.depth == "mixed" else settings.depth
+        settings = dataclasses.replace(settings, depth=options.depth or trained)
+        more = {"depth": settings.depth}
+    if isinstance(settings, BabiData):
+        prepare_together(settings)
+        manifest = data.manifest(settings.text)
+        check_same("data", manifest)
+    hardest = settings.levels[-1]
+    levels = options.lengths or (*settings.levels, *(hardest * times for times in (2, 4, 14)))
     curves = []
-    for zeroed in (False, True) if options.zero_memory else (False,):
-        curve = passkey_accuracy(
-            model,
-            variables,
-            Passkey(settings),
-            lengths,
-            trials=options.trials,
-            batch_size=options.batch_size,
-            seed=options.seed,
-            zero_memory=zeroed,
-            chunk=options.chunk,
-        )
-        label = f"{config.name}, memory zeroed" if zeroed else config.name
-        curves.append({"label": label, "seed": config.seed, "depth": settings.depth, **curve})
-    marks = [{"x": longest, "label": "longest trained"}]
-    return {"curves": curves, "marks": marks}, None, [config.seed, options.seed]
+    for part, measured in settings.parts().items():
+        for zeroed in (False, True) if options.zero_memory else (False,):
+            curve = recall_accuracy(
+                model,
+                variables,
+                measured.task("validation"),
+                levels,
+                trials=options.trials,
+                batch_size=options.batch_size,
+                seed=options.seed,
+                zero_memory=zeroed,
+                chunk=options.chunk,
+            )
+            label = f"{config.name}{part}, memory zeroed" if zeroed else f"{config.name}{part}"
+            curves.append({"label": label, "seed": config.seed, **more, **curve})
+    marks = [{"x": hardest, "label": "longest trained" if settings.counted == "blocks" else "most trained"}]
+    return {"curves": curves, "marks": marks}, manifest, [config.seed, options.seed]
 
 
 def _documents(options: Options, model: Decoder, variables: Any, config: TrainConfig) -> tuple[Any, Any, list[int]]:

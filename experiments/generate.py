@@ -27,7 +27,7 @@ from experiments.command import run_command
 from experiments.config import TrainConfig, reading_mesh
 from experiments.conversation import Answer, Codec, Reader, Style
 from experiments.data import DataError, load_tokenizer
-from experiments.data.passkey import PasskeyData
+from experiments.data.levels import LevelData
 from experiments.data.questions import QuestionData
 from experiments.data.tokenizers import Literal, encode_pieces
 from experiments.files import location, run_folder
@@ -224,12 +224,13 @@ def tokenizer_of(config: TrainConfig, checkpoint: Path | str) -> tuple[Codec, Pa
     folder = run_folder(checkpoint)
     if isinstance(config.data, QuestionData):
         return config.data.task().tokenizer, folder
-    if isinstance(config.data, PasskeyData) and config.data.tokenizer == "words":
+    given = getattr(config.data, "tokenizer", "words")
+    if isinstance(config.data, LevelData) and given == "words":
         return config.data.load_tokenizer(), folder
     for own in (folder / "tokenizer.json", folder / "tokenizer.model"):
         if own.exists():
             return load_tokenizer(str(own)), folder
-    return load_tokenizer(config.data.tokenizer), location(config.data.tokenizer).parent
+    return load_tokenizer(given), location(given).parent
 
 
 def main() -> int:

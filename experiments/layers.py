@@ -14,7 +14,7 @@ from jax import Array
 from experiments import data
 from experiments.config import TrainConfig
 from experiments.data import TextData
-from experiments.data.passkey import Passkey, PasskeyData
+from experiments.data.levels import LevelData
 from experiments.data.questions import QuestionData
 from experiments.step import make_eval_step, means
 from fam_jax import Decoder, DecoderConfig
@@ -74,7 +74,7 @@ def texts(config: TrainConfig, sequences: int, *, length: int = 256, source: str
         sequences: At most so many texts.
         length: For text: tokens of each, cut from validation documents evenly, the first ones of all documents first.
         source: For text: another one than the run's.
-        seed: For PassKey: of the samples, of the longest trained length.
+        seed: For tasks with levels, such as PassKey: of the samples, of the hardest trained level.
 
     Raises:
         ValueError: There is no text of two tokens, or `source` is given for a run that reads none.
@@ -91,9 +91,9 @@ def texts(config: TrainConfig, sequences: int, *, length: int = 256, source: str
         lengths = np.array([len(piece) - 1 for piece in pieces])
         weights = (np.arange(length) < lengths[:, None]).astype(np.float32)
         return Texts(ids[:, :-1], lengths, ids[:, 1:], weights, tokenizer_of(config), data.manifest(settings))
-    if isinstance(settings, PasskeyData):
-        task = Passkey(settings)
-        batch = task.sample(np.random.default_rng([seed, 0]), sequences, settings.blocks[-1])
+    if isinstance(settings, LevelData):
+        task = settings.task("validation")
+        batch = task.sample(np.random.default_rng([seed, 0]), sequences, settings.levels[-1])
         lengths = np.full(sequences, batch["tokens"].shape[1])
         return Texts(batch["tokens"], lengths, batch["targets"], batch["weights"], tokenizer_of(config), None)
     assert isinstance(settings, QuestionData)
@@ -108,7 +108,7 @@ def tokenizer_of(config: TrainConfig) -> Any:
     """The tokenizer of a run's data."""
     if isinstance(config.data, TextData):
         return data.load_tokenizer(config.data.tokenizer)
-    return config.data.load_tokenizer() if isinstance(config.data, PasskeyData) else config.data.task().tokenizer
+    return config.data.load_tokenizer() if isinstance(config.data, LevelData) else config.data.task().tokenizer
 
 
 def word(tokenizer: Any, token: int) -> str:

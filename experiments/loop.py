@@ -23,7 +23,7 @@ from experiments.batches import load_data, prepare_together
 from experiments.checkpoint import Checkpoints
 from experiments.command import make_folder
 from experiments.config import TrainConfig, check, check_mesh
-from experiments.data.passkey import PasskeyData
+from experiments.data.levels import LevelData
 from experiments.distributed import check_same, is_main, on_main, share, waiting
 from experiments.files import absolute, is_remote
 from experiments.flops import idle_share, step_flops
@@ -211,7 +211,7 @@ class _Run:
                     "one of them, or mesh.data and mesh.fsdp"
                 )
         along = self.mesh.shape["sequence"]
-        if along > 1 and config.model.fam_length and not isinstance(config.data, PasskeyData):
+        if along > 1 and config.model.fam_length and not isinstance(config.data, LevelData):
             idle = idle_share(config.model, config.data.length, along)
             say(f"the FAM is with one of {along} devices at a time: they are idle for about {idle:.1%} of a step")
         say(f"files: {absolute(config.directory)} (checkpoints/, metrics.jsonl, tensorboard/, run.json)")

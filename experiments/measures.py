@@ -1,4 +1,4 @@
-"""Measures of a trained model: loss by position in the document, PassKey accuracy by length, answers by difficulty.
+"""Measures of a trained model: loss by position in the document, recall by length, answers by difficulty.
 
 Texts are read in chunks of a fixed number of tokens, the state carried from chunk to chunk, so memory does
 not grow with their length, and one compiled program serves all lengths (with full attention: one length).
@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from experiments.data.passkey import Passkey
+from experiments.data.levels import LevelTask
 from experiments.data.questions import QuestionTask
 from experiments.distributed import is_main
 from experiments.spread import as_before, initial_state, to_host
@@ -100,11 +100,11 @@ def loss_by_position(
         }
 
 
-def passkey_accuracy(
+def recall_accuracy(
     model: Decoder,
     variables: Any,
-    task: Passkey,
-    lengths: Sequence[int],
+    task: LevelTask,
+    levels: Sequence[int],
     *,
     trials: int = 500,
     batch_size: int = 50,
@@ -113,50 +113,54 @@ def passkey_accuracy(
     chunk: int = 512,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Share of samples whose whole pass key is the model's greedy answer, by length.
+    """Share of samples of which all that is asked is the model's greedy answer, by level.
 
-    The key is fed as it is read (teacher forcing); all its digits are then the most likely ones exactly if
-    greedy decoding writes the key.
+    The answer is fed as it is read (teacher forcing); all its tokens are then the most likely ones exactly if
+    greedy decoding writes it.
 
     Args:
         model: The decoder.
         variables: Its parameters.
-        task: Makes the samples; where the key stands is `task.config.depth`.
-        lengths: In blocks of the task, each at least `task.config.shortest`.
-        trials: Samples per length.
+        task: Makes the samples, such as PassKey's; what has weight is asked.
+        levels: Lengths in blocks of the task, or numbers of pairs.
+        trials: Samples per level.
         batch_size: Samples read side by side.
-        seed: Of the samples, which do not depend on the other lengths or on the model.
+        seed: Of the samples, which do not depend on the other levels or on the model.
         zero_memory: The control: the FAM is set to zero after every block, so nothing passes through it. The
             model's memory segments stay.
         chunk: Tokens of a row per step, rounded up to whole blocks.
         progress: Show a progress bar.
 
     Returns:
-        A curve for a result of kind "passkey": `blocks`, `accuracy`, `correct` and `trials` per length.
+        A curve for a result of the task's kind: the levels, under the name that its settings have for them (`blocks`,
+        `pairs`), and `accuracy`, `correct` and `trials` per level.
 
     Raises:
-        ValueError: a size is impossible, the model's vocabulary is too small, or there is no FAM to zero.
+        ValueError: a size is impossible, the task has no such level, the model's vocabulary is too small, or there is
+            no FAM to zero.
     """
     check_positive(trials=trials, batch_size=batch_size, chunk=chunk)
+    config = task.config
     if model.config.vocab_size < task.tokenizer.vocab_size:
         raise ValueError(
-            f"the model's vocab_size={model.config.vocab_size} is too small for PassKey, which has "
+            f"the model's vocab_size={model.config.vocab_size} is too small for the {config.title} task, which has "
             f"{task.tokenizer.vocab_size} ids; evaluate a model that was trained on it"
         )
     if zero_memory and not model.config.fam_length:
         raise ValueError("zero_memory=True, but this model has no FAM (fam_length=0); leave it out")
-    short = [blocks for blocks in lengths if blocks < task.config.shortest]
-    if short or not lengths:
-        raise ValueError(f"lengths={list(lengths)}: each must be at least {task.config.shortest} blocks")
+    if not levels:
+        raise ValueError(f"{config.counted}={list(levels)}: give at least one")
+    config.check_levels(levels)
     size = _chunk_tokens(model, chunk)
     correct = []
     batches = -(-trials // batch_size)
-    with _bar(sum(lengths) * task.config.block_size * batches * batch_size, "token", progress) as bar:
-        for blocks in lengths:
+    total = sum(map(config.row_blocks, levels)) * config.block_size * batches * batch_size
+    with _bar(total, "token", progress) as bar:
+        for level in levels:
             right = 0
             for number in range(batches):
-                rng = np.random.default_rng([_EVALUATION, seed, blocks, number])
-                batch = task.sample(rng, batch_size, blocks)
+                rng = np.random.default_rng([_EVALUATION, seed, level, number])
+                batch = task.sample(rng, batch_size, level)
                 good = np.ones(batch_size, bool)
                 for start, _, hit in _read_in_chunks(
                     model, variables, batch["tokens"], batch["targets"], size, zero_memory
@@ -167,7 +171,7 @@ def passkey_accuracy(
                 right += int(good[: trials - number * batch_size].sum())  # the last batch may be more than asked
             correct.append(right)
     return {
-        "blocks": list(lengths),
+        config.counted: list(levels),
         "accuracy": [right / trials for right in correct],
         "correct": correct,
         "trials": [trials] * len(correct),

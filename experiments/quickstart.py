@@ -27,8 +27,8 @@ from experiments.checkpoint import CheckpointError
 from experiments.command import run_command
 from experiments.config import TrainConfig
 from experiments.conversation import continue_text
-from experiments.data.passkey import Passkey, PasskeyData
-from experiments.measures import loss_by_position, passkey_accuracy
+from experiments.data.passkey import PasskeyData
+from experiments.measures import loss_by_position, recall_accuracy
 from experiments.process import BusyError, Stopped
 from experiments.train import NonFiniteError, TrainResult, train
 from experiments.typed import to_json
@@ -121,10 +121,10 @@ def measure_passkey(options: Options, models: dict[str, Part]) -> results.Result
     curves = []
     for label, result in trained.items():
         for zeroed in (False, True) if result.config.model.fam_length else (False,):
-            curve = passkey_accuracy(
+            curve = recall_accuracy(
                 result.model,
                 result.variables,
-                Passkey(settings),
+                settings.task("validation"),
                 lengths,
                 trials=10 if options.smoke else 200,
                 batch_size=10 if options.smoke else 50,

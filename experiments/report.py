@@ -58,6 +58,9 @@ class Kind:
 _SHARE = "share of the absolute router weight"
 KINDS = {
     "passkey": Kind("blocks", "accuracy", "length in blocks", "exact match", True, (-0.03, 1.03), 3),
+    "pairs": Kind("pairs", "accuracy", "key-value pairs", "exact match", True, (-0.03, 1.03), 3),
+    "tracking": Kind("blocks", "accuracy", "length in blocks", "products right", True, (-0.03, 1.03), 3),
+    "babi": Kind("blocks", "accuracy", "length in blocks", "answers right", True, (-0.03, 1.03), 3),
     "loss-by-position": Kind(
         "position",
         "loss",

@@ -65,3 +65,12 @@ def packed(directory: Path, texts, split: str = "train", validation=None, tokeni
 def heed_interrupts():
     """For `preexec_fn`: a process begun in the background of a script would ignore SIGINT, and so its children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def small_books(folder):
+    """Writes books and returns settings of data that reads them."""
+    (folder / "books").mkdir()
+    for number in range(20):
+        lines = (f"{line} lines before this one in book {number}\n" for line in range(5 + 9 * number))
+        (folder / "books" / f"{number}.txt").write_text("".join(lines))
+    return {"source": f"text:{folder}/books", "data_dir": str(folder / "prepared")}

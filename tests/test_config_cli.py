@@ -14,8 +14,11 @@ import experiments.train
 from experiments import configs
 from experiments.config import TrainConfig, check
 from experiments.data.arithmetic import ArithmeticData
+from experiments.data.babi import BabiData
+from experiments.data.pairs import PairsData
 from experiments.data.passkey import PasskeyData
 from experiments.data.prosqa import ProsqaData
+from experiments.data.tracking import TrackingData
 from experiments.optim import OptimConfig
 from experiments.train import main, parse_config
 from experiments.typed import differences, from_json, to_json
@@ -41,7 +44,8 @@ def test_named_configs(name, tmp_path, monkeypatch):
 def test_json_round_trip(tmp_path):
     passkey = dataclasses.replace(tiny(tmp_path), data=PasskeyData(blocks=(5, 9)))
     full = dataclasses.replace(passkey, model=dataclasses.replace(passkey.model, memory=None))
-    tasks = [dataclasses.replace(full, data=data) for data in (ArithmeticData(operands=(4, 5)), ProsqaData(steps=(3,)))]
+    others = (ArithmeticData(operands=(4, 5)), ProsqaData(steps=(3,)), PairsData(live=2), TrackingData(), BabiData())
+    tasks = [dataclasses.replace(full, data=data) for data in others]
     for config in (tiny(tmp_path), passkey, full, *tasks):
         text = json.dumps(to_json(config))
         assert from_json(json.loads(text), TrainConfig) == config
@@ -73,7 +77,7 @@ def edit(values, path, value):
         (
             "data.type",
             "Cats",
-            "config.data.type='Cats' is not known; it must be one of TextData, PasskeyData",
+            "config.data.type='Cats' is not known; it must be one of TextData, PasskeyData, PairsData",
         ),
         ("model.num_kv_heads", 3, "num_kv_heads=3 does not divide num_heads=2"),
         ("work_dir", 3, "config.work_dir=3 is not allowed; it must be str or NoneType"),
@@ -143,7 +147,7 @@ def test_overrides_of_questions():
 
 def test_passkey_counts_in_the_blocks_of_the_model(tmp_path):
     config = dataclasses.replace(tiny(tmp_path), data=PasskeyData(block_size=16))
-    with pytest.raises(ValueError, match=r"data.block_size=16 and model.memory.block_size=8 differ, but PassKey"):
+    with pytest.raises(ValueError, match=r"data.block_size=16 and model.memory.block_size=8 differ, but the PassKey"):
         check(config)
     check(with_model(config, memory=MemoryConfig(block_size=16)))
     check(with_model(config, memory=None))  # full attention has no blocks
@@ -153,7 +157,7 @@ def test_passkey_has_no_validation_split(tmp_path):
     config = with_model(tiny(tmp_path), memory=None)
     config = dataclasses.replace(config, data=PasskeyData())
     check(config)
-    with pytest.raises(ValueError, match="eval_every=5 is not allowed: PassKey has no validation split"):
+    with pytest.raises(ValueError, match="eval_every=5 is not allowed: the PassKey task has no validation split"):
         check(dataclasses.replace(config, eval_every=5))
 
 

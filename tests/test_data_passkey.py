@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from experiments.data import Batches, DataError
-from experiments.data.passkey import DECOY, FILLER, KEY, QUESTION, TASK, Passkey, PasskeyBatches, PasskeyData
+from experiments.data.levels import LevelBatches
+from experiments.data.passkey import DECOY, FILLER, KEY, QUESTION, TASK, Passkey, PasskeyData
 
 SMALL = {"block_size": 8, "blocks": (10, 14), "batch_size": 8}
 
@@ -128,7 +129,7 @@ def grown(data, steps, exact_match=1.0):
 
 
 def test_the_next_length_comes_after_ten_good_batches_of_the_longest():
-    data = PasskeyBatches(PasskeyData(**{**SMALL, "blocks": (10, 12, 14), "threshold": 0.9}))
+    data = LevelBatches(PasskeyData(**{**SMALL, "blocks": (10, 12, 14), "threshold": 0.9}))
     assert isinstance(data, Batches)
     assert iter(data) is data
     assert grown(data, 30, 0.89) == [10] * 30  # not good enough
@@ -143,7 +144,7 @@ def test_the_next_length_comes_after_ten_good_batches_of_the_longest():
 
 
 def test_same_settings_same_batches_and_another_seed_others():
-    one, two, other = (next(PasskeyBatches(PasskeyData(**SMALL, seed=seed)))["tokens"] for seed in (1, 1, 2))
+    one, two, other = (next(LevelBatches(PasskeyData(**SMALL, seed=seed)))["tokens"] for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, two)
     assert (one != other).any()
 
@@ -151,7 +152,7 @@ def test_same_settings_same_batches_and_another_seed_others():
 def test_resumes_exactly_after_every_step():
     """Also where the curriculum is one good batch before the next length."""
     config = PasskeyData(**SMALL)
-    data = PasskeyBatches(config)
+    data = LevelBatches(config)
     states, batches = [data.get_state()], []
     for _ in range(25):
         batches.append(next(data))
@@ -159,7 +160,7 @@ def test_resumes_exactly_after_every_step():
         states.append(data.get_state())
     assert [state["level"] for state in states] == [1] * 10 + [2] * 16
     for step in range(25):
-        again = PasskeyBatches(config)
+        again = LevelBatches(config)
         again.set_state(json.loads(json.dumps(states[step])))
         for at in range(step, 25):
             assert again.get_state() == states[at]
@@ -177,9 +178,9 @@ def test_resumes_exactly_after_every_step():
     ],
 )
 def test_a_position_of_other_settings_is_refused(change, named):
-    state = json.loads(json.dumps(PasskeyBatches(PasskeyData(**SMALL)).get_state()))
+    state = json.loads(json.dumps(LevelBatches(PasskeyData(**SMALL)).get_state()))
     with pytest.raises(DataError, match=f"this position belongs to PassKey data with {named}; use the same"):
-        PasskeyBatches(PasskeyData(**{**SMALL, **change})).set_state(state)
+        LevelBatches(PasskeyData(**{**SMALL, **change})).set_state(state)
 
 
 def test_tokenizer():
@@ -194,7 +195,7 @@ def test_tokenizer():
 def test_another_tokenizer_reads_the_text_as_it_is_written(filler):
     config = PasskeyData(block_size=64, blocks=(8,), tokenizer="bytes", filler=filler)
     task = Passkey(config)
-    config.check_lengths()
+    config.check_levels()
     batch = task.sample(np.random.default_rng(0), 6, 9)
     assert batch["tokens"].shape == (6, 9 * 64)
     for tokens, targets, weights in zip(*(batch[name] for name in ("tokens", "targets", "weights")), strict=True):
@@ -213,16 +214,16 @@ def test_another_tokenizer_reads_the_text_as_it_is_written(filler):
 def test_lengths_count_the_ids_of_the_tokenizer():
     config = PasskeyData(block_size=8, blocks=(10,), tokenizer="bytes")  # enough for words
     with pytest.raises(ValueError, match=rf"blocks=\(10,\): must be at least {config.shortest} with block_size=8"):
-        config.check_lengths()
+        config.check_levels()
     assert config.shortest > 20
 
 
 def test_a_position_belongs_to_a_vocabulary_and_not_to_its_place():
     settings = {"block_size": 64, "blocks": (8,), "batch_size": 2}
-    state = PasskeyBatches(PasskeyData(**settings, tokenizer="bytes")).get_state()
-    PasskeyBatches(PasskeyData(**settings, tokenizer="bytes")).set_state(state)
+    state = LevelBatches(PasskeyData(**settings, tokenizer="bytes")).get_state()
+    LevelBatches(PasskeyData(**settings, tokenizer="bytes")).set_state(state)
     with pytest.raises(DataError, match="tokenizer='bytes', not None"):
-        PasskeyBatches(PasskeyData(**settings)).set_state(state)
+        LevelBatches(PasskeyData(**settings)).set_state(state)
 
 
 @pytest.mark.parametrize(

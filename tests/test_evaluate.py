@@ -3,18 +3,26 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
 
 from experiments import measures
 from experiments.data.arithmetic import ArithmeticData
+from experiments.data.pairs import PairsData
 from experiments.data.passkey import Passkey, PasskeyData
 from experiments.data.prosqa import ProsqaData
-from experiments.measures import answer_accuracy, loss_by_position, passkey_accuracy
+from experiments.data.tracking import TrackingData
+from experiments.measures import answer_accuracy, loss_by_position, recall_accuracy
 from fam_jax import GenerateOutput, generate
 
 MEMORIES = {"fam": tiny_run.FAM, "bswa": tiny_run.BSWA, "full": None}
+LEVELS = {
+    "pairs": tiny_run.pairs_config().data,
+    "remember": PairsData(block_size=8, pairs=(1,), per_block=1, live=2, symbols=2, value_length=1),
+    "tracking": TrackingData(blocks=(1,)),
+}
 TASK = Passkey(PasskeyData(block_size=8, blocks=(9, 10), digits=1))
 
 
@@ -86,17 +94,17 @@ def test_one_program_serves_all_lengths():
     before = measures._read._cache_size()
     for lengths in ((30, 10), (200, 150, 70, 5, 3), (2,)):
         loss_by_position(model, variables, texts(*lengths), batch_size=3, chunk=24, progress=False)
-    passkey_accuracy(*digit_model(), TASK, [9, 30], trials=3, batch_size=3, chunk=24, progress=False)
+    recall_accuracy(*digit_model(), TASK, [9, 30], trials=3, batch_size=3, chunk=24, progress=False)
     assert measures._read._cache_size() == before + 2  # one per model
 
 
 @pytest.mark.parametrize("memory", [tiny_run.FAM, None], ids=["fam", "full"])
-def test_passkey_accuracy_is_that_of_single_calls(memory):
+def test_recall_accuracy_is_that_of_single_calls(memory):
     """All digits must be the most likely ones, which is when greedy decoding writes them."""
     model, variables = digit_model(memory)
     task = Passkey(PasskeyData(block_size=8, blocks=(9,), digits=2))
     sizes = {"trials": 90, "batch_size": 40, "chunk": 16}
-    curve = passkey_accuracy(model, variables, task, [9, 12], **sizes, progress=False)
+    curve = recall_accuracy(model, variables, task, [9, 12], **sizes, progress=False)
     for blocks, correct in zip(curve["blocks"], curve["correct"], strict=True):
         right = 0
         for number, rows in enumerate((40, 40, 10)):
@@ -112,8 +120,31 @@ def test_passkey_accuracy_is_that_of_single_calls(memory):
 
 def test_chance_level_is_not_zero_for_a_single_digit():
     """The comparison above would hold if both sides were always zero; here they are not."""
-    curve = passkey_accuracy(*digit_model(), TASK, [9], trials=320, batch_size=40, chunk=16, progress=False)
+    curve = recall_accuracy(*digit_model(), TASK, [9], trials=320, batch_size=40, chunk=16, progress=False)
     assert 3 <= curve["correct"][0] <= 90
+
+
+@pytest.mark.parametrize("data", LEVELS.values(), ids=LEVELS.keys())
+def test_recall_is_that_of_single_calls_and_of_an_untrained_model_chance(data):
+    """An untrained model that names one of two things is right about half of the time."""
+    task = data.task("validation")
+    model, variables = tiny_run.init(tiny_run.model_config(tiny_run.FAM, 8))
+    embed = variables["params"]["embed"]
+    embed = embed.at[:2].set(20.0 * jnp.stack([embed[0], -embed[0]]))  # one of the two is always the most likely
+    variables = {"params": variables["params"] | {"embed": embed}}
+    levels = [1, 4]
+    curve = recall_accuracy(model, variables, task, levels, trials=150, batch_size=60, chunk=32, progress=False)
+    assert set(curve) == {data.counted, "accuracy", "correct", "trials"}
+    assert curve[data.counted] == levels
+    for level, correct in zip(levels, curve["correct"], strict=True):
+        right = 0
+        for number, rows in enumerate((60, 60, 30)):
+            batch = task.sample(np.random.default_rng([measures._EVALUATION, 0, level, number]), 60, level)
+            hits = plain_logits(model, variables, batch["tokens"]).argmax(-1) == batch["targets"]
+            right += (hits | (batch["weights"] == 0)).all(-1)[:rows].sum()
+        assert correct == right
+        assert 50 <= correct <= 100
+    assert curve["accuracy"] == [correct / 150 for correct in curve["correct"]]
 
 
 def test_samples_depend_on_the_seed_and_not_on_other_lengths():
@@ -121,7 +152,7 @@ def test_samples_depend_on_the_seed_and_not_on_other_lengths():
 
     def correct(*lengths, **options):
         options = {"trials": 120, "batch_size": 40, "chunk": 16, "progress": False} | options
-        return passkey_accuracy(model, variables, TASK, lengths, **options)["correct"]
+        return recall_accuracy(model, variables, TASK, lengths, **options)["correct"]
 
     assert correct(9, 11) == correct(9) + correct(11)
     assert correct(9) == correct(9)
@@ -233,9 +264,9 @@ def test_answers_are_those_of_single_calls(monkeypatch):
         (lambda m, v: loss_by_position(m, v, [np.array([1, 256])]), "token id 256 is outside the vocabulary"),
         (lambda m, v: loss_by_position(m, v, texts(9), chunk=0), "chunk=0 is not allowed"),
         (lambda m, v: loss_by_position(m, v, texts(9), edges=[4, 4]), r"edges=\[4, 4\] is not allowed"),
-        (lambda m, v: passkey_accuracy(m, v, TASK, []), r"lengths=\[\]"),
-        (lambda m, v: passkey_accuracy(m, v, TASK, [9, 2]), "must be at least"),
-        (lambda m, v: passkey_accuracy(m, v, TASK, [9], trials=0), "trials=0"),
+        (lambda m, v: recall_accuracy(m, v, TASK, []), r"blocks=\[\]"),
+        (lambda m, v: recall_accuracy(m, v, TASK, [9, 2]), "must be at least"),
+        (lambda m, v: recall_accuracy(m, v, TASK, [9], trials=0), "trials=0"),
         (lambda m, v: answer_accuracy(m, v, QUESTIONS["prosqa"].task(), batch_size=0), "batch_size=0"),
     ],
 )
@@ -247,10 +278,10 @@ def test_bad_arguments_are_named(call, message):
 
 def test_passkey_needs_the_vocabulary_and_a_memory_to_zero():
     model, variables = tiny_run.init(tiny_run.model_config(vocab_size=12))
-    with pytest.raises(ValueError, match="vocab_size=12 is too small for PassKey"):
-        passkey_accuracy(model, variables, TASK, [9])
+    with pytest.raises(ValueError, match="vocab_size=12 is too small for the PassKey task"):
+        recall_accuracy(model, variables, TASK, [9])
     with pytest.raises(ValueError, match="vocab_size=12 is too small for the prosqa task, which has 68"):
         answer_accuracy(model, variables, QUESTIONS["prosqa"].task())
     model, variables = digit_model(tiny_run.BSWA)
     with pytest.raises(ValueError, match="this model has no FAM"):
-        passkey_accuracy(model, variables, TASK, [9], zero_memory=True)
+        recall_accuracy(model, variables, TASK, [9], zero_memory=True)

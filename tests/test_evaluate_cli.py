@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import tiny_run
+from data_helpers import small_books
 
 from experiments import evaluate, results
+from experiments.data.babi import BabiData
 from experiments.files import run_folder
 from experiments.train import train
 
@@ -41,6 +43,35 @@ def test_command_measures_passkey_with_its_control(tmp_path, monkeypatch, capsys
     assert (out / "tiny-passkey-passkey.png").read_bytes().startswith(b"\x89PNG")
     assert "tiny-passkey, memory zeroed" in printed
     assert "tiny-passkey-passkey.json" in printed
+
+
+def test_command_measures_pairs_by_their_number(tmp_path, monkeypatch, capsys):
+    run = tiny_run.save(tiny_run.pairs_config(), tmp_path / "run")
+    options = ["--checkpoint", run, "--output", tmp_path, "--trials", 12, "--batch-size", 6, "--zero-memory"]
+    assert command(monkeypatch, *options, "--lengths", 1, 4) == 0
+    assert "exact match by key-value pairs" in capsys.readouterr().out
+    result = results.read(tmp_path / "tiny-pairs-pairs.json")
+    assert result.kind == "pairs"
+    assert [curve["label"] for curve in result.values["curves"]] == ["tiny-pairs", "tiny-pairs, memory zeroed"]
+    assert all(curve["pairs"] == [1, 4] and curve["trials"] == [12, 12] for curve in result.values["curves"])
+    assert result.values["marks"] == [{"x": 2, "label": "most trained"}]
+    assert command(monkeypatch, *options, "--lengths", 5) == 2
+    assert "pairs=(5,): must be at most 4" in capsys.readouterr().err
+    assert command(monkeypatch, *options, "--depth", "first") == 2
+    assert "depth='first' is for task=passkey, but the run 'tiny-pairs' was trained on" in capsys.readouterr().err
+
+
+def test_command_measures_each_kind_of_question_in_validation_text(tmp_path, monkeypatch):
+    data = BabiData(**small_books(tmp_path), block_size=32, blocks=(15, 16), questions=(1, 4))
+    model = tiny_run.model_config(tiny_run.MemoryConfig(block_size=32, fam_length=2))
+    config = dataclasses.replace(tiny_run.pairs_config(), name="tiny-babi", model=model, data=data)
+    run = tiny_run.save(config, tmp_path / "run")
+    options = ["--checkpoint", run, "--output", tmp_path, "--trials", 3, "--batch-size", 2, "--lengths", 15]
+    assert command(monkeypatch, *options) == 0
+    result = results.read(tmp_path / "tiny-babi-babi.json")
+    assert [curve["label"] for curve in result.values["curves"]] == ["tiny-babi, question 1", "tiny-babi, question 4"]
+    assert all(curve["blocks"] == [15] and curve["trials"] == [3] for curve in result.values["curves"])
+    assert result.data["source"] == data.source
 
 
 def test_command_measures_loss_by_position_of_text(tmp_path, monkeypatch):
@@ -129,7 +160,7 @@ def test_command_refuses_what_does_not_fit(tmp_path, monkeypatch, capsys):
     questions = tiny_run.save(tiny_run.arithmetic_config(), tmp_path / "questions")
     (tmp_path / "file").touch()
     for arguments, message in (
-        (["--checkpoint", run, "--task", "loss-by-position"], "was trained on PassKey"),
+        (["--checkpoint", run, "--task", "loss-by-position"], "was trained on the PassKey task"),
         (["--checkpoint", text, "--task", "passkey"], "was trained on text"),
         (["--checkpoint", questions, "--task", "passkey"], "was trained on questions; use task=answers"),
         (["--checkpoint", text, "--task", "answers"], "was trained on text; use task=loss-by-position"),

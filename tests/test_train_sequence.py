@@ -36,4 +36,4 @@ def test_what_has_no_blocks_is_refused(tmp_path):
 
 def test_passkey_is_refused(tmp_path):
     config = dataclasses.replace(tiny(tmp_path), data=PasskeyData(batch_size=2))
-    refused(config, "mesh.sequence=4 is not allowed with PassKey")
+    refused(config, "mesh.sequence=4 is not allowed with the PassKey task")

@@ -1,5 +1,6 @@
 """Checkpoints of tiny untrained models, for tests of the commands that use one."""
 
+import dataclasses
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from experiments.checkpoint import Checkpoints
 from experiments.config import TrainConfig
 from experiments.data import TextData
 from experiments.data.arithmetic import ArithmeticData
+from experiments.data.levels import LevelData
+from experiments.data.pairs import PairsData
 from experiments.data.passkey import PasskeyData, PasskeyTokenizer
 from fam_jax import Decoder, DecoderConfig, MemoryConfig
 
@@ -55,10 +58,23 @@ def passkey_config(memory: MemoryConfig | None = FAM) -> TrainConfig:
     return TrainConfig(name="tiny-passkey", model=model, data=data, steps=1, seed=3)
 
 
+def pairs_config(memory: MemoryConfig | None = FAM) -> TrainConfig:
+    data = PairsData(block_size=8, pairs=(1, 2), symbols=2, value_length=1, filler=2)
+    return TrainConfig(name="tiny-pairs", model=model_config(memory, 8), data=data, steps=1, seed=3)
+
+
 def arithmetic_config() -> TrainConfig:
     data = ArithmeticData(operands=(2, 3), reading="modular", samples=60, test_samples=11, batch_size=4)
     model = model_config(None, data.vocab_size)
     return TrainConfig(name="tiny-arithmetic", model=model, data=data, steps=1, seed=3)
+
+
+def run_of(data: LevelData, segments: int = 0, **changes) -> TrainConfig:
+    """A run with FAM of a task with levels, in blocks of the task."""
+    memory = MemoryConfig(block_size=data.block_size, segments=segments, fam_length=2)
+    base = passkey_config()
+    changes = {"data": data, "eval_every": 0, "model": model_config(memory)} | changes
+    return dataclasses.replace(base, **changes)
 
 
 def save(config: TrainConfig, directory: Path) -> Path:

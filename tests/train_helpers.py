@@ -17,7 +17,7 @@ import numpy as np
 from experiments.checkpoint import Checkpoints, Restored
 from experiments.config import TrainConfig
 from experiments.data import TextData
-from experiments.data.passkey import PasskeyData
+from experiments.data.levels import LevelData
 from experiments.metrics import read_metrics
 from experiments.optim import OptimConfig, make_optimizer
 from experiments.step import create_state, make_train_step
@@ -136,7 +136,7 @@ def trace_step(config: TrainConfig) -> None:
     model, (optimizer, schedule) = Decoder(config.model), make_optimizer(config.optim, config.steps)
     state = jax.eval_shape(lambda: create_state(config, model, optimizer))
     data, ids = config.data, np.int32
-    length = data.blocks[0] * data.block_size if isinstance(data, PasskeyData) else data.length
+    length = data.row_blocks(data.levels[0]) * data.block_size if isinstance(data, LevelData) else data.length
     shapes = {"tokens": (length, ids), "targets": (length, ids), "weights": (length, np.float32)}
     if config.stream:
         shapes |= {flag: (length // data.block_size, np.bool_) for flag in ("reset", "padded")}

@@ -3,21 +3,21 @@
 The texts are those of the paper. A small model reads them as words, with numbers digit by digit, and a pretrained one
 with its own tokenizer. `filler="loop"` repeats the same five sentences, as the paper does. `filler="decoys"` is harder:
 the sentences come in random order, and between them stand numbers that are not the pass key.
-
-Samples are made as they are needed and are a function of the seed and the step, so nothing is prepared or stored.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from experiments.data.levels import LevelData, LevelTask
 from experiments.data.protocol import Batch, DataError
 from experiments.data.tokenizers import encode_after, load_tokenizer
-from experiments.typed import check_types
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -29,7 +29,6 @@ DECOY = "The number of the day is {key}."
 QUESTION = "What is the pass key? The pass key is"
 
 _DECOY_SHARE = 0.25  # of the sentences of the harder filler
-_WINDOW = 10  # batches at the hardest level over which the curriculum takes its mean
 
 
 def _words(text: str) -> list[str]:
@@ -62,7 +61,7 @@ class PasskeyTokenizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class PasskeyData:
+class PasskeyData(LevelData):
     """PassKey samples with a curriculum over lengths.
 
     Attributes:
@@ -79,33 +78,25 @@ class PasskeyData:
       seed: of the samples.
     """
 
-    block_size: int = 16
     blocks: tuple[int, ...] = (5, 6, 8, 12, 16)
-    threshold: float = 0.9
     digits: int = 5
     depth: str = "uniform"
     filler: str = "loop"
     tokenizer: str = "words"
-    batch_size: int = 32
-    seed: int = 0
+
+    kind = "passkey"
+    title = "PassKey"
 
     def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("block_size", "digits", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if not self.blocks or any(a >= b for a, b in zip(self.blocks, self.blocks[1:], strict=False)):
-            raise ValueError(f"blocks={self.blocks}: must be lengths in rising order, at least one")
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold={self.threshold}: must be between 0 and 1")
+        super().__post_init__()
+        if self.digits < 1:
+            raise ValueError(f"digits={self.digits}: must be at least 1")
         if self.depth not in ("uniform", "first", "mixed"):
             raise ValueError(f"depth={self.depth!r}: must be uniform, first or mixed")
         if self.filler not in ("loop", "decoys"):
             raise ValueError(f"filler={self.filler!r}: must be loop or decoys")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: must be at least 0")
         if self.tokenizer == "words":  # that of a file is read when it is needed
-            self.check_lengths()
+            self.check_levels()
 
     def load_tokenizer(self) -> Any:
         """The tokenizer. Raises DataError if it cannot be read."""
@@ -116,13 +107,17 @@ class PasskeyData:
         """Blocks that hold a sample without filler; reads the tokenizer."""
         return Passkey(self).shortest
 
-    def check_lengths(self) -> None:
-        """Raises a ValueError if a length does not hold a sample."""
-        if self.blocks[0] < self.shortest:
+    def check_levels(self, levels: Sequence[int] | None = None) -> None:
+        """Raises a ValueError if a length does not hold a sample; reads the tokenizer."""
+        chosen, shortest = tuple(self.levels if levels is None else levels), self.shortest
+        if any(blocks < shortest for blocks in chosen):
             raise ValueError(
-                f"blocks={self.blocks}: must be at least {self.shortest} with block_size={self.block_size} and "
+                f"blocks={chosen}: must be at least {shortest} with block_size={self.block_size} and "
                 f"digits={self.digits}, so that task, key, question and answer fit"
             )
+
+    def task(self, split: str = "train") -> Passkey:
+        return Passkey(self)
 
 
 def _another(key: str) -> str:
@@ -130,11 +125,11 @@ def _another(key: str) -> str:
     return key[:-1] + str((int(key[-1]) + 1) % 10)
 
 
-class Passkey:
-    """Makes samples."""
+class Passkey(LevelTask):
+    """Makes samples; a level is a length in blocks."""
 
     def __init__(self, config: PasskeyData) -> None:
-        self.config = config
+        self.config: PasskeyData = config
         self.tokenizer = config.load_tokenizer()
         self._sentences = {text: self._encode(f" {text}") for text in FILLER}
         self._loop = self._encode(" " + " ".join(FILLER))
@@ -146,19 +141,9 @@ class Passkey:
         parts = self._around("0" * self.config.digits)
         return -(-(sum(map(len, parts)) - 1) // self.config.block_size)
 
-    def sample(self, rng: np.random.Generator, rows: int, blocks: int) -> Batch:
-        """Random samples of a length.
-
-        Args:
-          rng: source of keys, depths and filler.
-          rows: samples.
-          blocks: length of each in blocks.
-
-        Returns:
-          `tokens`, `targets` int32 and `weights` float32 [rows, blocks * block_size]; the last targets are the pass
-          key and have weight 1, all others 0.
-        """
-        length = blocks * self.config.block_size
+    def sample(self, rng: np.random.Generator, rows: int, level: int) -> Batch:
+        """Random samples of a length in blocks; the last targets are the pass key. See `LevelTask.sample`."""
+        length = level * self.config.block_size
         ids = np.empty((rows, length + 1), np.int32)
         weights = np.zeros((rows, length), np.float32)
         for row in range(rows):
@@ -166,7 +151,7 @@ class Passkey:
             task, hidden, question, answer = self._around(key)
             room = length + 1 - sum(map(len, (task, hidden, question, answer)))
             if room < 0:
-                raise ValueError(f"blocks={blocks}: must be at least {self.shortest}")
+                raise ValueError(f"blocks={level}: must be at least {self.shortest}")
             first = self.config.depth == "first" or (self.config.depth == "mixed" and row % 2 == 0)
             depth = 0 if first else int(rng.integers(0, room + 1))
             filler = self._filler(rng, room, key)
@@ -196,57 +181,8 @@ class Passkey:
             have += len(ids)
         return np.concatenate(parts)[:length]
 
-
-class PasskeyBatches:
-    """Endless training batches with the curriculum; see `experiments.data.protocol.Batches`."""
-
-    def __init__(self, config: PasskeyData) -> None:
-        self.task = Passkey(config)
-        self._config = config
-        self._step = 0
-        self._level = 1  # lengths reached
-        self._drawn = 0  # index of the length of the latest batch
-        self._recent: list[float] = []  # exact match of the latest batches at the hardest level
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        rng = np.random.default_rng([self._config.seed, self._step])
-        self._drawn = int(rng.integers(self._level))
-        self._step += 1
-        return self.task.sample(rng, self._config.batch_size, self._config.blocks[self._drawn])
-
-    def observe(self, metrics: dict[str, float]) -> None:
-        """Takes note of the latest batch's `exact_match` and adds the next length once it is good enough."""
-        if self._drawn != self._level - 1:
-            return
-        self._recent = [*self._recent, float(metrics["exact_match"])][-_WINDOW:]
-        good = len(self._recent) == _WINDOW and sum(self._recent) >= self._config.threshold * _WINDOW
-        if good and self._level < len(self._config.blocks):
-            self._level += 1
-            self._recent = []
-
-    def get_state(self) -> dict:
-        config = dataclasses.asdict(self._config) | {"blocks": list(self._config.blocks)}
-        if config.pop("tokenizer") != "words":  # its file may lie elsewhere another time
-            config["tokenizer"] = self.task.tokenizer.hash
-        return {
-            "config": config,
-            "step": self._step,
-            "level": self._level,
-            "drawn": self._drawn,
-            "recent": self._recent,
-        }
-
-    def set_state(self, state: dict) -> None:
-        mine, saved = self.get_state()["config"], state["config"]
-        for name in mine | saved:
-            value = mine.get(name)
-            if saved.get(name) != value:
-                raise DataError(
-                    f"this position belongs to PassKey data with {name}={saved.get(name)!r}, not {value!r}; "
-                    "use the same data settings, or start a new run"
-                )
-        self._step, self._level = state["step"], state["level"]
-        self._drawn, self._recent = state["drawn"], list(state["recent"])
+    def identity(self) -> dict[str, Any]:
+        found = super().identity()
+        if found.pop("tokenizer") != "words":  # its file may lie elsewhere another time
+            found["tokenizer"] = self.tokenizer.hash
+        return found
