@@ -21,6 +21,11 @@ def with_model(config: TrainConfig, **changes: Any) -> TrainConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
 
 
+def with_data(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """The config with other fields of its data."""
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
+
+
 def with_memory(config: TrainConfig, **changes: Any) -> TrainConfig:
     """The config with other fields of its memory."""
     assert config.model.memory is not None

@@ -10,7 +10,7 @@ blocks of 16 words, the key stands anywhere, and it is asked for at up to 256 ti
 import dataclasses
 from typing import Any
 
-from experiments.ablations._bases import with_memory, with_model
+from experiments.ablations._bases import with_data, with_memory, with_model
 from experiments.config import TrainConfig
 from experiments.configs import passkey
 
@@ -21,9 +21,6 @@ CORE = False
 def arms(size: str) -> dict[str, TrainConfig]:
     """The configs by arm."""
     base = dataclasses.replace(passkey.config(), steps=3000, checkpoint_every=1000)
-
-    def with_data(**changes: Any) -> TrainConfig:
-        return dataclasses.replace(base, data=dataclasses.replace(base.data, **changes))
 
     def with_optim(**changes: Any) -> TrainConfig:
         return dataclasses.replace(base, optim=dataclasses.replace(base.optim, **changes))
@@ -37,9 +34,9 @@ def arms(size: str) -> dict[str, TrainConfig]:
         "rows-16": with_memory(base, fam_length=16),
         "past-block": with_memory(base, segments=1),
         "layers-4": with_model(base, num_layers=4),
-        "blocks-64": with_data(blocks=(5, 8, 16, 32, 64)),
-        "key-first": with_data(depth="first"),
-        "decoys": with_data(filler="decoys"),
+        "blocks-64": with_data(base, blocks=(5, 8, 16, 32, 64)),
+        "key-first": with_data(base, depth="first"),
+        "decoys": with_data(base, filler="decoys"),
         "decay-0.1": with_optim(weight_decay=0.1),
         "rate-1.5e-3": with_optim(learning_rate=1.5e-3),
     }
