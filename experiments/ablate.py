@@ -140,7 +140,8 @@ def run(name: str, options: Options) -> tuple[results.Result, Path]:
         steps = None
         if isinstance(config.data, QuestionData):
             steps = (*range(config.checkpoint_every, config.steps, config.checkpoint_every), config.steps)
-        evaluate.run(evaluate.Options(config.directory, name=file.stem, output=file.parent, steps=steps, **evaluation))
+        settings = {**evaluation, "zero_memory": evaluation.get("zero_memory", False) and config.model.fam_length > 0}
+        evaluate.run(evaluate.Options(config.directory, name=file.stem, output=file.parent, steps=steps, **settings))
     result = combined(name, options.size, wanted, options.output)
     assert result is not None
     return result, report.plot(result, options.output / f"{result.name}.png")

@@ -58,7 +58,7 @@ class Options:
             and 2, 4 and 14 times the longest.
         trials: For passkey, pairs, tracking and babi: samples per length.
         depth: For passkey: where the key stands. None: as in training, and uniform if that mixes both.
-        zero_memory: For passkey, pairs, tracking and babi: measure also with the FAM set to zero after every block.
+        zero_memory: For all but answers: measure also with the FAM set to zero after every block.
         seed: For passkey, pairs, tracking and babi: of the samples.
         steps: For answers: the checkpoints of these steps of the run. None: the latest only.
         mesh: How the devices are used, as in training.
@@ -87,7 +87,7 @@ class Options:
 _RECALL = {"chunk", "lengths", "trials", "zero_memory", "seed"}
 # Of the options, those that only some tasks read. One that is given to another would be ignored.
 _READ_BY = {
-    "loss-by-position": {"chunk", "source", "documents", "max_tokens"},
+    "loss-by-position": {"chunk", "source", "documents", "max_tokens", "zero_memory"},
     "passkey": {"depth", *_RECALL},
     "pairs": _RECALL,
     "tracking": _RECALL,
@@ -286,16 +286,20 @@ def _documents(options: Options, model: Decoder, variables: Any, config: TrainCo
     check_same("data", manifest)
     found = data.documents(settings, "validation")
     chosen = [found[i] for i in range(min(len(found), options.documents or len(found)))]
-    curve = loss_by_position(
-        model,
-        variables,
-        [document.tokens[: options.max_tokens] for document in chosen],
-        batch_size=options.batch_size,
-        chunk=options.chunk,
-    )
     names = {"documents": [document.name for document in chosen]}
-    values = {"curves": [{"label": config.name, "seed": config.seed, **curve, **names}]}
-    return values, manifest, [config.seed]
+    curves = []
+    for zeroed in (False, True) if options.zero_memory else (False,):
+        curve = loss_by_position(
+            model,
+            variables,
+            [document.tokens[: options.max_tokens] for document in chosen],
+            batch_size=options.batch_size,
+            chunk=options.chunk,
+            zero_memory=zeroed,
+        )
+        label = f"{config.name}, memory zeroed" if zeroed else config.name
+        curves.append({"label": label, "seed": config.seed, **curve, **names})
+    return {"curves": curves}, manifest, [config.seed]
 
 
 if __name__ == "__main__":

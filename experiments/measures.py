@@ -38,6 +38,7 @@ def loss_by_position(
     batch_size: int = 8,
     chunk: int = 512,
     edges: Sequence[int] | None = None,
+    zero_memory: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Mean loss of the tokens of whole documents by their place in the document.
@@ -50,6 +51,7 @@ def loss_by_position(
         chunk: Tokens of a row per step, rounded up to whole blocks.
         edges: Rising upper edges of the bins of positions, counted from 1; positions beyond the last are left
             out. None: doubling, from the block size (64 with full attention) to the longest document.
+        zero_memory: The control: the FAM is set to zero after every block, so nothing passes through it.
         progress: Show a progress bar.
 
     Returns:
@@ -58,9 +60,11 @@ def loss_by_position(
         `document_tokens` over all its positions. The first token of a document has no prediction.
 
     Raises:
-        ValueError: no document has two tokens, an id is outside the vocabulary, or a size is impossible.
+        ValueError: no document has two tokens, an id is outside the vocabulary, a size is impossible, or there is no
+            FAM to zero.
     """
     check_positive(batch_size=batch_size, chunk=chunk)
+    _check_zero(model, zero_memory)
     vocab = model.config.vocab_size
     texts = [check_ids(text, vocab, f"document {i}") for i, text in enumerate(documents)]
     longest = max(map(len, texts), default=0)
@@ -81,7 +85,7 @@ def loss_by_position(
             ids = np.zeros((batch_size, lengths.max()), np.int32)
             for row, index in enumerate(group):
                 ids[row, : lengths[row]] = texts[index]
-            for start, nll, _ in _read_in_chunks(model, variables, ids[:, :-1], ids[:, 1:], size):
+            for start, nll, _ in _read_in_chunks(model, variables, ids[:, :-1], ids[:, 1:], size, zero_memory):
                 position = np.arange(start + 2, start + nll.shape[1] + 2)  # of the target, counted from 1
                 real = position <= lengths[:, None]
                 where = np.broadcast_to(np.searchsorted(bins, position), nll.shape)[real]
@@ -146,8 +150,7 @@ def recall_accuracy(
             f"the model's vocab_size={model.config.vocab_size} is too small for the {config.title} task, which has "
             f"{task.tokenizer.vocab_size} ids; evaluate a model that was trained on it"
         )
-    if zero_memory and not model.config.fam_length:
-        raise ValueError("zero_memory=True, but this model has no FAM (fam_length=0); leave it out")
+    _check_zero(model, zero_memory)
     if not levels:
         raise ValueError(f"{config.counted}={list(levels)}: give at least one")
     config.check_levels(levels)
@@ -298,6 +301,12 @@ def _read(
     else:
         state, losses = apply(state, tokens, targets)
     return losses.nll, losses.hit, as_before(model, state)
+
+
+def _check_zero(model: Decoder, zero_memory: bool) -> None:
+    """Raises a ValueError if a FAM is to be zeroed and there is none."""
+    if zero_memory and not model.config.fam_length:
+        raise ValueError("zero_memory=True, but this model has no FAM (fam_length=0); leave it out")
 
 
 def _block(model: Decoder) -> int:

@@ -179,6 +179,11 @@ def test_zeroed_memory_is_a_loop_that_zeroes_the_fam_after_every_block():
     kept = read(model, variables, tokens)
     np.testing.assert_allclose(zeroed[:, :8], kept[:, :8], rtol=2e-5)
     assert np.abs(zeroed - kept)[:, 16:].max() > 1e-3
+    measured = [
+        measures.loss_by_position(model, variables, list(tokens), chunk=16, edges=[65], zero_memory=zero)["loss"][0]
+        for zero in (True, False)
+    ]
+    np.testing.assert_allclose(measured, [zeroed.mean(), kept.mean()], rtol=1e-5)
 
 
 def test_nothing_passes_through_a_zeroed_memory():

@@ -170,7 +170,7 @@ def test_command_refuses_what_does_not_fit(tmp_path, monkeypatch, capsys):
         (["--checkpoint", tmp_path / "none"], "no checkpoint in"),
         (["--checkpoint", run, "--steps", 5], "steps=(5,) is for task=answers, but the run 'tiny-passkey' was trained"),
         (["--checkpoint", run, "--source", "pg19"], "source='pg19' is for task=loss-by-position"),
-        (["--checkpoint", text, "--zero-memory"], "zero_memory=True is for task=passkey"),
+        (["--checkpoint", questions, "--zero-memory"], "zero_memory=True is for task=loss-by-position and task="),
         (["--checkpoint", text, "--lengths", 9], "lengths=(9,) is for task=passkey"),
         (["--checkpoint", questions, "--depth", "first"], "depth='first' is for task=passkey"),
         (["--checkpoint", questions, "--chunk", 9], "chunk=9 is for task=loss-by-position and task=passkey"),

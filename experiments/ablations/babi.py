@@ -37,4 +37,4 @@ def arms(size: str) -> dict[str, TrainConfig]:
 def evaluation(size: str) -> dict[str, Any]:
     """Exact match by blocks of text."""
     lengths = (6, 12, 24, 48) if size == "cpu" else (12, 32, 128, 512)
-    return {"lengths": lengths, "trials": 200, "batch_size": 50}
+    return {"lengths": lengths, "trials": 200, "batch_size": 50, "zero_memory": True}

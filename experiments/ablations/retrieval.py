@@ -37,4 +37,4 @@ def arms(size: str) -> dict[str, TrainConfig]:
 def evaluation(size: str) -> dict[str, Any]:
     """Exact match by the number of pairs."""
     lengths = (1, 2, 4, 8) if size == "cpu" else (4, 8, 16, 32, 64, 96)
-    return {"lengths": lengths, "trials": 1000, "batch_size": 100}
+    return {"lengths": lengths, "trials": 1000, "batch_size": 100, "zero_memory": True}

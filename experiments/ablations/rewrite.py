@@ -35,4 +35,4 @@ def arms(size: str) -> dict[str, TrainConfig]:
 def evaluation(size: str) -> dict[str, Any]:
     """Exact match by the number of pairs."""
     lengths = (1, 2, 5, 10, 20) if size == "cpu" else (10, 50, 100, 200, 500)
-    return {"lengths": lengths, "trials": 500, "batch_size": 100}
+    return {"lengths": lengths, "trials": 500, "batch_size": 100, "zero_memory": True}

@@ -37,4 +37,4 @@ def arms(size: str) -> dict[str, TrainConfig]:
 
 def evaluation(size: str) -> dict[str, Any]:
     """The share of texts whose whole product is told right, by blocks."""
-    return {"lengths": (1, 2, 4, 8, 16, 32, 64), "trials": 500, "batch_size": 100}
+    return {"lengths": (1, 2, 4, 8, 16, 32, 64), "trials": 500, "batch_size": 100, "zero_memory": True}
