@@ -7,7 +7,6 @@ Answers are written freely, token by token.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -143,7 +142,8 @@ def passkey_accuracy(
             f"the model's vocab_size={model.config.vocab_size} is too small for PassKey, which has "
             f"{task.tokenizer.vocab_size} ids; evaluate a model that was trained on it"
         )
-    if zero_memory and not model.config.fam_length:
+    memory = model.config.memory
+    if zero_memory and not (memory and memory.fam_length):
         raise ValueError("zero_memory=True, but this model has no FAM (fam_length=0); leave it out")
     short = [blocks for blocks in lengths if blocks < task.config.shortest]
     if short or not lengths:
@@ -282,7 +282,7 @@ def _read(
 
     def forget(state: StreamState, block: tuple[Array, Array]) -> tuple[StreamState, TokenLosses]:
         state, losses = apply(state, *block)
-        return dataclasses.replace(state, fam=jnp.zeros_like(state.fam)), losses
+        return state.forget(), losses
 
     if zero_memory:
         rows = tokens.shape[0]

@@ -47,7 +47,7 @@ def split(config: TrainConfig, params: Mapping[str, Any]) -> tuple[dict[str, Any
     """The parameters that are trained, and those that are not; the second are none without LoRA."""
     if config.model.lora is None:
         return dict(params), {}
-    names = {"lora", "fam_prompt"} | ({"mixing"} if config.train_mixing else set())
+    names = {"lora", "fam_prompt", "fam_prefix"} | ({"mixing"} if config.train_mixing else set())
     trained = {name: part for name, part in params.items() if name in names}
     return trained, {name: part for name, part in params.items() if name not in names}
 

@@ -160,8 +160,7 @@ def load(
             lambda: {name: _flat(model.init(key, tokens)["params"])[name] for name in new}, out_shardings=new
         )
         found |= init()
-    prompt = ("fam_prompt",)
-    if prompt in new:
+    for prompt in new.keys() & {("fam_prompt",), ("fam_prefix",)}:
         found[prompt] = (found[prompt] * jnp.std(found["embed",])).astype(found[prompt].dtype)
     return config, jax.tree_util.tree_map_with_path(lambda path, _: found[_name(path)], shapes)
 
