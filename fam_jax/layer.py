@@ -5,6 +5,7 @@ block schedule. Tokens of all blocks are projected and attend in parallel; only 
 block to block.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -137,15 +138,13 @@ def _fam(
         keeps [f, d]; what later layers may read of it.
     """
     rows_mixer = mixer if mixer.mixes_rows else Mixer(None, mixer.shape)
-
-    def scan():
-        return scan_blocks(
-            config, rows_mixer, params, memory.fam, inputs, block, plan, depth, skip_incomplete=skip_incomplete
-        )
-
-    fam, source, kept, slots, k = scan() if inputs.active is None else _or_zeros(inputs.active, scan)
+    # All layers are one program: without a FAM, one never takes the update, and its tokens do not see the start.
+    taken = plan if inputs.active is None else dataclasses.replace(plan, complete=plan.complete & inputs.active)
+    fam, source, kept, slots, k = scan_blocks(
+        config, rows_mixer, params, memory.fam, inputs, block, taken, depth, skip_incomplete=skip_incomplete
+    )
     left, sources = memory._replace(fam=fam), [source]
-    if memory.fam_k is not None and memory.fam_v is not None:
+    if memory.fam_k is not None and memory.fam_v is not None and k is not None:
         k = jnp.concatenate([sequence.before(memory.fam_k, k), k], axis=1)
         v = jnp.concatenate([sequence.before(memory.fam_v, source.v), source.v], axis=1)
         sources += earlier(config, frequencies(config, params.local), k, v, plan)

@@ -63,7 +63,8 @@ class MemoryConfig:
             of each layer (B.4.6).
         fam_blocks: Tokens see the FAM after each of the last so many blocks (table 6); those before a document's first
             block are its start. FAM rows see only the last.
-        layers: Numbers of the layers that have a FAM, from 0; None is all. The others are plain BSWA.
+        layers: Numbers of the layers that have a FAM, from 0; None is all. The others are plain BSWA,
+            but in calls of whole blocks take as long as they.
         summaries: "autocompressor" only: rows of so many blocks are kept, and older ones forgotten, so that the state
             has a limit; the cost of a block grows with it. None is 260, as in the paper's test.
     """

@@ -255,7 +255,9 @@ def _climb_all(config: DecoderConfig, mixer: Mixer, layers: Layers, plan: Plan) 
 
     if plan.slot is None:
         prompts = compute()
-    else:  # decoding token by token reads the prompt in a document's first block only
+    else:  # decoding token by token reads the prompt in a first block only, but for static summary queries
         nothing = jnp.zeros((config.num_layers, *layers.prompt.shape), layers.prompt.dtype)
-        prompts = jax.lax.cond(jnp.any(plan.fresh), compute, lambda: nothing)
+        static = config.memory is not None and config.memory.kind == "summary"
+        read = plan.fresh | plan.complete if static else plan.fresh
+        prompts = jax.lax.cond(jnp.any(read), compute, lambda: nothing)
     return Layers(layers.params, layers.inputs._replace(prompt=prompts), None)
