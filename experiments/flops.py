@@ -132,9 +132,9 @@ def forward_flops(config: DecoderConfig, batch: int, length: int, *, useful: boo
     """Operations of one call of the decoder without a state, logits included: the closed formula.
 
     Per layer, with P = 2dHk + 2dGk + 3de weights, a row of tokens, FAM or prompt costs 2P, and a pair of query and key
-    4Hk. The FAM has N rows in each block, which see N + B keys, and the prompt N rows a call, unless the FAM starts from
-    a prefix. Without its feed-forward, FAM rows cost the other weights only. LoRA of rank r adds r weights for every
-    input and output of those that it changes.
+    4Hk. The FAM has N rows in each block, which see N + B keys, and the prompt N rows a call; a prefix costs nothing.
+    Without its feed-forward, FAM rows cost the other weights only. LoRA of rank r adds r weights for every input and
+    output of those that it changes.
 
     Args:
         config: The decoder's; its mixing is None or a LimeConfig of any router but dynamic_views.

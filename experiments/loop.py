@@ -210,7 +210,8 @@ class _Run:
                     "one of them, or mesh.data and mesh.fsdp"
                 )
         along = self.mesh.shape["sequence"]
-        if along > 1 and config.model.fam_length and not isinstance(config.data, PasskeyData):
+        has_fam = config.model.fam_length > 0 and config.model.memory.kind == "fam"  # for which there is a formula
+        if along > 1 and has_fam and not isinstance(config.data, PasskeyData):
             idle = idle_share(config.model, config.data.length, along)
             say(f"the FAM is with one of {along} devices at a time: they are idle for about {idle:.1%} of a step")
         say(f"files: {absolute(config.directory)} (checkpoints/, metrics.jsonl, tensorboard/, run.json)")

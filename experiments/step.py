@@ -144,7 +144,8 @@ def _apply(model: Decoder, params: Any, batch: Mapping[str, Array], stream: Stre
 def _batch_axes(tree: Any) -> Any:
     """For each leaf the number of its batch axis."""
     if hasattr(tree, "logical_axes"):
-        axes = {name: axes.index("batch") for name, axes in tree.logical_axes.items()}
+        there = ((name, axes) for name, axes in tree.logical_axes.items() if getattr(tree, name) is not None)
+        axes = {name: axes.index("batch") for name, axes in there}
         return dataclasses.replace(tree, **axes)
     return jax.tree.map(lambda _: 0, tree)
 
