@@ -210,7 +210,8 @@ class _Run:
                     "one of them, or mesh.data and mesh.fsdp"
                 )
         along = self.mesh.shape["sequence"]
-        has_fam = config.model.fam_length > 0 and config.model.memory.kind == "fam"  # for which there is a formula
+        memory = config.model.memory
+        has_fam = memory is not None and memory.kind == "fam" and memory.fam_length > 0  # of rivals there is no formula
         if along > 1 and has_fam and not isinstance(config.data, PasskeyData):
             idle = idle_share(config.model, config.data.length, along)
             say(f"the FAM is with one of {along} devices at a time: they are idle for about {idle:.1%} of a step")
