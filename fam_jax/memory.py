@@ -66,7 +66,8 @@ class MemoryConfig:
         layers: Numbers of the layers that have a FAM, from 0; None is all. The others are plain BSWA,
             but in calls of whole blocks take as long as they.
         summaries: "autocompressor" only: rows of so many blocks are kept, and older ones forgotten, so that the state
-            has a limit; the cost of a block grows with it. None is 260, as in the paper's test.
+            has a limit; the cost of a block grows with it. No parameter depends on it: it can be the
+            blocks of a text in training, and more later. None is 260, as in the paper's test.
     """
 
     block_size: int
