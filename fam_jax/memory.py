@@ -63,10 +63,10 @@ class MemoryConfig:
             of each layer (B.4.6).
         fam_blocks: Tokens see the FAM after each of the last so many blocks (table 6); those before a document's first
             block are its start. FAM rows see only the last.
-        layers: Numbers of the layers that have a FAM, from 0; None is all. The others are plain BSWA,
-            but in calls of whole blocks take as long as they.
+        layers: Numbers of the layers that have a FAM, from 0; None is all. The others are plain BSWA, though no faster in
+            calls of whole blocks, where a FAM that nobody reads is computed in them.
         summaries: "autocompressor" only: rows of so many blocks are kept, and older ones forgotten, so that the state
-            has a limit; the cost of a block grows with it. No parameter depends on it: it can be the
+            has a limit; the cost of a block grows with it. No parameter depends on it, so that it can be the number of
             blocks of a text in training, and more later. None is 260, as in the paper's test.
     """
 

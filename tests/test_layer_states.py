@@ -57,7 +57,7 @@ def test_states_are_those_of_the_decoder(mixing, memory):
 
 def test_memories_that_have_only_the_block_schedule_are_refused():
     config = decoder_config({"kind": "feedback"}, schedule="block")
-    with pytest.raises(ValueError, match="the layer schedule, which memory.kind='feedback' does not have"):
+    with pytest.raises(ValueError, match=r"the layer schedule, which memory.kind='feedback' does not have"):
         states_of(config, some_tokens(2, B))
 
 

@@ -387,9 +387,9 @@ def test_lower_precisions_stay_within_their_tolerance(name, dtype, tolerance):
 def test_a_state_of_another_memory_is_refused():
     model = Decoder(KINDS["rmt"])
     params = params_of(KINDS["rmt"])
-    with pytest.raises(ValueError, match="state.summaries is NoneType, but this model"):
+    with pytest.raises(ValueError, match=r"state.summaries is NoneType, but this model"):
         model.apply({"params": params}, TOKENS, state=model.init_state(2).replace(summaries=None))
-    with pytest.raises(ValueError, match="state.output_k is .*, but this model's memory has none"):
+    with pytest.raises(ValueError, match=r"state.output_k is .*, but this model's memory has none"):
         model.apply({"params": params}, TOKENS, state=model.init_state(2).replace(output_k=jnp.zeros(3)))
 
 
