@@ -61,10 +61,10 @@ class MemoryConfig:
         fam_ff: FAM rows pass through the feed-forward. Without, F[n] is attention and residual alone (section C.1).
         fam_init: What the FAM starts from: "prompt", embeddings that climb the layers (appendix B.1), or "prefix", rows
             of each layer (B.4.6).
-        fam_blocks: Tokens see the FAM after each of the last so many blocks (table 6); those before a document's first
-            block are its start. FAM rows see only the last.
-        layers: Numbers of the layers that have a FAM, from 0; None is all. The others are plain BSWA, though no faster in
-            calls of whole blocks, where a FAM that nobody reads is computed in them.
+        fam_blocks: Tokens see the FAM after each of the last so many blocks (table 6), and where a document has not so
+            many yet, what its FAM started from. FAM rows see only the last.
+        layers: Numbers of the layers that have a FAM, from 0; None is all. The others are plain BSWA, though no faster
+            in calls of whole blocks, where a FAM that nobody reads is computed in them.
         summaries: "autocompressor" only: rows of so many blocks are kept, and older ones forgotten, so that the state
             has a limit; the cost of a block grows with it. No parameter depends on it, so that it can be the number of
             blocks of a text in training, and more later. None is 260, as in the paper's test.
