@@ -9,7 +9,6 @@ import pytest
 from reference import (
     B,
     N,
-    as_pretrained,
     assert_close,
     assert_trees_close,
     decoder_config,
@@ -21,6 +20,7 @@ from reference import (
     some_tokens,
 )
 from reference import fam_decoder as fam_reference
+from rival_models import ALL, KINDS, VARIANTS, readable, rival
 from rival_reference import block_decoder, rival_decoder
 
 from fam_jax import Decoder, generate
@@ -28,70 +28,12 @@ from lime_jax import DenseFormerConfig, LimeConfig
 
 T = 4 * B + 3
 TOKENS = some_tokens(2, T, seed=1)
-BLOCK = {"schedule": "block"}
-ABSOLUTE = {"positions": "absolute"}
 
 
 @pytest.fixture(autouse=True)
 def x64():
     with jax.enable_x64(True):
         yield
-
-
-def rival(kind, memory=None, **changes):
-    """A tiny model of a kind, in the block schedule if it has no other."""
-    rows = {} if kind == "feedback" else {"fam_length": N}
-    more = {"summaries": 2} if kind == "autocompressor" else {}
-    schedule = {} if kind == "summary" else BLOCK
-    return decoder_config({"kind": kind, **rows, **more, **(memory or {})}, **{**schedule, **changes})
-
-
-VARIANTS = {
-    "no feed-forward": fam_config({"fam_ff": False}),
-    "no feed-forward, first residual": fam_config({"fam_ff": False, "first_residual": "fam"}, **BLOCK),
-    "prefix": fam_config({"fam_init": "prefix"}),
-    "prefix, pinned, parallel": fam_config(
-        {"fam_init": "prefix", "prompt_positions": "pinned", **ABSOLUTE}, parallel_block=True, **BLOCK
-    ),
-    "three FAM": fam_config({"fam_blocks": 3}, **BLOCK),
-    "two FAM, no segments, absolute, fractional": fam_config(
-        {"fam_blocks": 2, "segments": 0, "fam_positions": "fractional", **ABSOLUTE}
-    ),
-    "two FAM, zero positions": fam_config({"fam_blocks": 2, "fam_positions": "zero", **ABSOLUTE}),
-    "one layer of three": fam_config({"layers": (1,)}, num_layers=3),
-    "two layers of three, two FAM": fam_config({"layers": (0, 2), "fam_blocks": 2}, num_layers=3, **BLOCK),
-}
-RIVALS = {
-    "summary": rival("summary"),
-    "summary, parallel, old query slot, no segments": rival(
-        "summary", {"fam_query": "old", "segments": 0}, parallel_block=True, **BLOCK
-    ),
-    "summary, prefix, two FAM, no feed-forward": rival(
-        "summary", {"fam_init": "prefix", "fam_blocks": 2, "fam_ff": False}
-    ),
-    "summary, all that pretrained models have": as_pretrained(rival("summary")),
-    "feedback": rival("feedback"),
-    "feedback, two segments, window, absolute": rival("feedback", {"segments": 2, "window": 6, **ABSOLUTE}),
-    "feedback, all that pretrained models have": as_pretrained(rival("feedback", parallel_block=True)),
-    "rmt": rival("rmt", {"segments": 0}),
-    "rmt, a segment, absolute, parallel": rival("rmt", {"segments": 1, **ABSOLUTE}, parallel_block=True),
-    "rmt, all that pretrained models have": as_pretrained(rival("rmt")),
-    "autocompressor": rival("autocompressor", {"segments": 0}),
-    "autocompressor, a segment, all of the past, absolute": rival(
-        "autocompressor", {"summaries": 5, **ABSOLUTE}, num_kv_heads=1
-    ),
-}
-ALL = {**VARIANTS, **RIVALS}
-KINDS = {
-    "no feed-forward": VARIANTS["no feed-forward"],
-    "prefix": VARIANTS["prefix"],
-    "three FAM": dataclasses.replace(VARIANTS["three FAM"], schedule="layer"),
-    "one layer of three": VARIANTS["one layer of three"],
-    "summary": RIVALS["summary"],
-    "feedback": RIVALS["feedback"],
-    "rmt": RIVALS["rmt, a segment, absolute, parallel"],
-    "autocompressor": RIVALS["autocompressor"],
-}
 
 
 def carried(state):
@@ -117,30 +59,6 @@ def test_the_references_agree_where_both_apply():
     assert_close(
         block_decoder(params, config, TOKENS[0]).logits, fam_reference(params, config, TOKENS[0]).logits, 1e-12
     )
-
-
-def readable(state):
-    """What later tokens can read of a state."""
-    blocks, offset = np.asarray(state.blocks), np.asarray(state.offset)
-    out = {"offset": offset, "blocks": blocks, "fresh": np.asarray(state.fresh)}
-    out["fam"] = np.where(out["fresh"][None, :, None, None], 0.0, state.fam)
-    for name, axes in (("segment", 3), ("fam", 3)):
-        for part in "kv":
-            leaf = getattr(state, f"{name}_{part}")
-            if leaf is not None:
-                age = np.arange(leaf.shape[2])[::-1]
-                written = (age < blocks[:, None])[(None, slice(None), slice(None), *[None] * axes)]
-                out[f"{name}_{part}"] = np.where(written, leaf, 0.0)
-    for name in ("open", "output"):
-        for part in "kv":
-            leaf = getattr(state, f"{name}_{part}")
-            if leaf is not None:
-                there = (np.arange(leaf.shape[2]) < offset[:, None])[None, :, :, None, None]
-                out[f"{name}_{part}"] = np.where(there, leaf, 0.0)
-    if state.summaries is not None:
-        age = np.arange(state.summaries.shape[1])[::-1]
-        out["summaries"] = np.where((age < blocks[:, None])[:, :, None, None], state.summaries, 0.0)
-    return out
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -242,6 +160,24 @@ def test_unrolled_layers_and_remat_change_nothing(name):
     want = results()
     assert_trees_close(results(remat="full"), want, 1e-10)
     assert_trees_close(results(scan_layers=False), want, 1e-10)
+
+
+@pytest.mark.parametrize(("name", "split"), [("three FAM", B + 2), ("feedback", B + 2), ("rmt", 2 * B)])
+def test_gradients_flow_through_a_passed_state(name, split):
+    """The gradient of two calls, split inside a block or at its edge, is the gradient of one."""
+    params, model = params_of(KINDS[name]), Decoder(KINDS[name])
+    text = TOKENS[:1, : 3 * B]
+    weights = np.random.default_rng(11).standard_normal((3 * B - split, KINDS[name].vocab_size))
+
+    def one(p):
+        return jnp.sum(model.apply({"params": p}, text).logits[0, split:] * weights)
+
+    def two(p):
+        state = model.apply({"params": p}, text[:, :split]).state
+        return jnp.sum(model.apply({"params": p}, text[:, split:], state=state).logits[0] * weights)
+
+    whole, parts = quick_jit(lambda p: (jax.grad(one)(p), jax.grad(two)(p)))(params)
+    assert_trees_close(parts, whole, 1e-10)
 
 
 # --------------------------------------------------------------------------------------------------- who reads whom
