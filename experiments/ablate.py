@@ -140,7 +140,9 @@ def run(name: str, options: Options) -> tuple[results.Result, Path]:
         steps = None
         if isinstance(config.data, QuestionData):
             steps = (*range(config.checkpoint_every, config.steps, config.checkpoint_every), config.steps)
-        settings = {**evaluation, "zero_memory": evaluation.get("zero_memory", False) and config.model.fam_length > 0}
+        memory = config.model.memory
+        rows = memory is not None and memory.fam_length > 0
+        settings = {**evaluation, "zero_memory": rows and evaluation.get("zero_memory", False)}
         evaluate.run(evaluate.Options(config.directory, name=file.stem, output=file.parent, steps=steps, **settings))
     result = combined(name, options.size, wanted, options.output)
     assert result is not None

@@ -20,7 +20,7 @@ from experiments.measures import check_positive
 from experiments.spread import as_before, initial_state, read_on, to_host
 from fam_jax import Decoder, StreamState
 from fam_jax.call import check_ids
-from fam_jax.config import check_int
+from fam_jax.checks import check_int
 from fam_jax.generate import Writing, row_keys, write
 from fam_jax.sampling import Choice, check_choice
 

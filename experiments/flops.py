@@ -132,8 +132,9 @@ def forward_flops(config: DecoderConfig, batch: int, length: int, *, useful: boo
     """Operations of one call of the decoder without a state, logits included: the closed formula.
 
     Per layer, with P = 2dHk + 2dGk + 3de weights, a row of tokens, FAM or prompt costs 2P, and a pair of query and key
-    4Hk. The FAM has N rows in each block, which see N + B keys, and the prompt N rows a call. LoRA of rank r adds r
-    weights for every input and output of those that it changes.
+    4Hk. The FAM has N rows in each block, which see N + B keys, and the prompt N rows a call; a prefix costs nothing.
+    Without its feed-forward, FAM rows cost the other weights only. LoRA of rank r adds r weights for every input and
+    output of those that it changes.
 
     Args:
         config: The decoder's; its mixing is None or a LimeConfig of any router but dynamic_views.
@@ -141,24 +142,53 @@ def forward_flops(config: DecoderConfig, batch: int, length: int, *, useful: boo
         length: Tokens of a row.
         useful: False counts what the program computes: whole blocks, and all scores of a token with its block, m
             segments and N FAM rows, masked or not. True, for the utilisation of a device, only what the model needs:
-            keys that a token sees, blocks that are full, and layers that a router may read.
+            keys that a token sees, blocks that are full, layers that have a FAM, and layers that a router may read.
         read: Tokens of each row's document, whole blocks, that earlier calls have read: what is useful sees them, too.
 
     Raises:
-        ValueError: There is no formula for the mixing.
+        ValueError: There is no formula for the mixing, or for the kind of memory.
     """
     c, memory, fam = config, config.memory, config.fam_length
+    if memory is not None and memory.kind != "fam":
+        raise ValueError(f"memory.kind={memory.kind!r} has no formula; count the operations on the jaxpr with count()")
     block = memory.block_size if memory else length
     tokens, updates = _rows(config, batch, length, useful)
     if useful:
-        token_pairs = batch * _visible(config, length, read) + tokens * fam
+        token_pairs = batch * _visible(config, length, read)
+        number = (read + np.arange(length, dtype=np.int64)) // block  # of the block that each token is in
+        seen = batch * fam * int(np.minimum(number + 1, memory.fam_blocks).sum()) if memory else 0
     else:
-        token_pairs = tokens * (block * (1 + c.segments) + fam)
-    rows = tokens + updates * fam + fam
-    pairs = token_pairs + updates * fam * (fam + block) + fam * fam
-    weights = _weights(config) + _lora_weights(config)
-    layers = c.num_layers * (2 * weights * rows + 4 * c.num_heads * c.head_dim * pairs)
+        token_pairs = tokens * block * (1 + c.segments)
+        seen = tokens * fam * memory.fam_blocks if memory else 0
+    prompt = _prompt(config)
+    pairs = c.num_layers * (token_pairs + prompt**2) + _fam_layers(config, useful) * (
+        seen + updates * fam * (fam + block)
+    )
+    layers = 2 * _weight_rows(config, tokens, updates, useful) + 4 * c.num_heads * c.head_dim * pairs
+    rows = tokens + updates * fam + prompt
     return layers + rows * _mixing(config, useful) + 2 * c.d_model * c.vocab_size * batch * length
+
+
+def _prompt(config: DecoderConfig) -> int:
+    """Rows of the prompt that climb the layers in a call."""
+    return config.fam_length if config.memory and config.memory.fam_init == "prompt" else 0
+
+
+def _fam_layers(config: DecoderConfig, useful: bool) -> int:
+    """Layers that compute a FAM; a scanned layer does even if it has none."""
+    chosen = config.memory.layers if config.memory else None
+    return config.num_layers if chosen is None or not useful else len(chosen)
+
+
+def _weight_rows(config: DecoderConfig, tokens: int, updates: int, useful: bool, lora: bool = True) -> int:
+    """Weights of all layers, times the rows that pass through them."""
+    attention, ff = _weights(config)
+    if lora:
+        more_attention, more_ff = _lora_weights(config)
+        attention, ff = attention + more_attention, ff + more_ff
+    whole = config.num_layers * (attention + ff) * (tokens + _prompt(config))
+    fam = attention + ff if config.memory and config.memory.fam_ff else attention
+    return whole + _fam_layers(config, useful) * fam * updates * config.fam_length
 
 
 def _rows(config: DecoderConfig, batch: int, length: int, useful: bool) -> tuple[int, int]:
@@ -170,18 +200,20 @@ def _rows(config: DecoderConfig, batch: int, length: int, useful: bool) -> tuple
     return batch * blocks * min(length, block), batch * blocks
 
 
-def _weights(config: DecoderConfig) -> int:
-    """Weights of a layer in products: P."""
+def _weights(config: DecoderConfig) -> tuple[int, int]:
+    """Weights of a layer in products, P: of attention, and of the feed-forward."""
     c = config
-    return 2 * c.d_model * c.head_dim * (c.num_heads + c.num_kv_heads) + 3 * c.d_model * c.d_ff
+    return 2 * c.d_model * c.head_dim * (c.num_heads + c.num_kv_heads), 3 * c.d_model * c.d_ff
 
 
-def _lora_weights(config: DecoderConfig) -> int:
-    """Those that LoRA adds to a layer."""
+def _lora_weights(config: DecoderConfig) -> tuple[int, int]:
+    """Those that LoRA adds to a layer: to attention, and to the feed-forward."""
     if config.lora is None:
-        return 0
-    shapes = [sides(config, name) for name in config.lora.targets]
-    return config.lora.rank * sum(math.prod(inputs) + math.prod(outputs) for inputs, outputs in shapes)
+        return 0, 0
+    sizes = {name: [math.prod(side) for side in sides(config, name)] for name in config.lora.targets}
+    added = {name: config.lora.rank * sum(both) for name, both in sizes.items()}
+    ff = sum(size for name, size in added.items() if name in ("w_gate", "w_up", "w_down"))
+    return sum(added.values()) - ff, ff
 
 
 def idle_share(config: DecoderConfig, length: int, devices: int) -> float:
@@ -200,10 +232,10 @@ def idle_share(config: DecoderConfig, length: int, devices: int) -> float:
         return 0.0
     assert config.memory is not None
     whole = forward_flops(config, 1, length)
-    c, rows = config, config.fam_length * -(-length // config.memory.block_size)
-    weights = _weights(config) + _lora_weights(config)
-    pairs = rows * (c.fam_length + config.memory.block_size)
-    fam = c.num_layers * (2 * weights * rows + 4 * c.num_heads * c.head_dim * pairs)
+    c, updates = config, -(-length // config.memory.block_size)
+    linear = _weight_rows(config, 0, updates, False) - _weight_rows(config, 0, 0, False)
+    pairs = updates * c.fam_length * (c.fam_length + config.memory.block_size)
+    fam = 2 * linear + 4 * c.num_layers * c.num_heads * c.head_dim * pairs
     return 1 - whole / (whole + (devices - 1) * fam)
 
 
@@ -216,10 +248,9 @@ def train_flops(config: DecoderConfig, batch: int, length: int, *, useful: bool 
     if config.lora is None:
         return total
     tokens, updates = _rows(config, batch, length, useful)
-    rows = tokens + (updates + 1) * config.fam_length
     return (
         total
-        - 2 * config.num_layers * _weights(config) * rows
+        - 2 * _weight_rows(config, tokens, updates, useful, lora=False)
         - 2 * config.d_model * config.vocab_size * batch * length
     )
 

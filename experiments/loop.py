@@ -211,7 +211,9 @@ class _Run:
                     "one of them, or mesh.data and mesh.fsdp"
                 )
         along = self.mesh.shape["sequence"]
-        if along > 1 and config.model.fam_length and not isinstance(config.data, LevelData):
+        memory = config.model.memory
+        has_fam = memory is not None and memory.kind == "fam" and memory.fam_length > 0  # of rivals there is no formula
+        if along > 1 and has_fam and not isinstance(config.data, LevelData):
             idle = idle_share(config.model, config.data.length, along)
             say(f"the FAM is with one of {along} devices at a time: they are idle for about {idle:.1%} of a step")
         say(f"files: {absolute(config.directory)} (checkpoints/, metrics.jsonl, tensorboard/, run.json)")

@@ -7,7 +7,6 @@ Answers are written freely, token by token.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -289,7 +288,7 @@ def _read(
 
     def forget(state: StreamState, block: tuple[Array, Array]) -> tuple[StreamState, TokenLosses]:
         state, losses = apply(state, *block)
-        return dataclasses.replace(state, fam=jnp.zeros_like(state.fam)), losses
+        return state.forget(), losses
 
     if zero_memory:
         rows = tokens.shape[0]
@@ -305,7 +304,8 @@ def _read(
 
 def _check_zero(model: Decoder, zero_memory: bool) -> None:
     """Raises a ValueError if a FAM is to be zeroed and there is none."""
-    if zero_memory and not model.config.fam_length:
+    memory = model.config.memory
+    if zero_memory and not (memory and memory.fam_length):
         raise ValueError("zero_memory=True, but this model has no FAM (fam_length=0); leave it out")
 
 

@@ -16,7 +16,7 @@ from lime_jax.routers import ROUTER_WEIGHTS
 # Every parameter of the decoder is named in exactly one of these two, so that a new one cannot be forgotten.
 DECAYED = frozenset(WEIGHTS) | {f"{weight}_{factor}" for weight in WEIGHTS for factor in "ab"}
 UNDECAYED = frozenset({"embed", "unembed", "fam_prompt", "attn_norm", "ff_norm", "final_norm", "q_norm", "k_norm"})
-UNDECAYED |= {"bq", "bk", "bv", "attn_post_norm", "ff_post_norm"}
+UNDECAYED |= {"fam_prefix", "bq", "bk", "bv", "attn_post_norm", "ff_post_norm"}
 # Parameters of layer mixers, which never decay.
 MIXING = ROUTER_WEIGHTS | {"norm", "attention_norm", "ff_norm", "query", "weights", "static_alpha", "static_beta"}
 MIXING |= {"alpha", "beta", "alpha_scale", "beta_scale"}

@@ -33,6 +33,7 @@ from fam_jax.state import check_state
 
 FORMAT = 1
 FIELDS = tuple(field.name for field in dataclasses.fields(StreamState))
+_ALWAYS = {field.name for field in dataclasses.fields(StreamState) if field.default is dataclasses.MISSING}
 # What zipfile and NumPy raise of other bytes than were written: some change the compression, a key, or a size.
 _DAMAGE = (
     zipfile.BadZipFile,
@@ -89,7 +90,8 @@ def save_state(path: Path, state: StreamState, about: dict[str, Any], tokens: in
     Raises:
         ValueError: It cannot be written: a full disk, say. What was there before is as it was.
     """
-    arrays = {name: np.asarray(to_host(getattr(state, name))) for name in FIELDS}
+    there = [name for name in FIELDS if getattr(state, name) is not None]
+    arrays = {name: np.asarray(to_host(getattr(state, name))) for name in there}
     about = {"format": FORMAT, "tokens": tokens, "types": {k: str(v.dtype) for k, v in arrays.items()}, **about}
     stored: dict[str, Any] = {
         name: array if array.dtype.isbuiltin == 1 else _as_bytes(array) for name, array in arrays.items()
@@ -183,7 +185,8 @@ def _read(file: BinaryIO) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a file holds: what the state belongs to, and its arrays; checksums are compared on the way."""
     with np.load(file, allow_pickle=False) as stored:
         about = json.loads(stored["about"].tobytes())
-        arrays: dict[str, Any] = {name: stored[name] for name in FIELDS}
+        there = [name for name in FIELDS if name in _ALWAYS or name in about["types"]]
+        arrays: dict[str, Any] = {name: stored[name] for name in there}
     for name, kind in about["types"].items():
         if str(arrays[name].dtype) != kind:
             arrays[name] = arrays[name].view(jnp.dtype(kind))[..., 0]

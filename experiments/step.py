@@ -47,7 +47,7 @@ def split(config: TrainConfig, params: Mapping[str, Any]) -> tuple[dict[str, Any
     """The parameters that are trained, and those that are not; the second are none without LoRA."""
     if config.model.lora is None:
         return dict(params), {}
-    names = {"lora", "fam_prompt"} | ({"mixing"} if config.train_mixing else set())
+    names = {"lora", "fam_prompt", "fam_prefix"} | ({"mixing"} if config.train_mixing else set())
     trained = {name: part for name, part in params.items() if name in names}
     return trained, {name: part for name, part in params.items() if name not in names}
 
@@ -144,7 +144,8 @@ def _apply(model: Decoder, params: Any, batch: Mapping[str, Array], stream: Stre
 def _batch_axes(tree: Any) -> Any:
     """For each leaf the number of its batch axis."""
     if hasattr(tree, "logical_axes"):
-        axes = {name: axes.index("batch") for name, axes in tree.logical_axes.items()}
+        there = ((name, axes) for name, axes in tree.logical_axes.items() if getattr(tree, name) is not None)
+        axes = {name: axes.index("batch") for name, axes in there}
         return dataclasses.replace(tree, **axes)
     return jax.tree.map(lambda _: 0, tree)
 

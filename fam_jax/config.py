@@ -1,14 +1,13 @@
-"""Configuration of the decoder and of its memory along time.
+"""Configuration of the decoder.
 
 Configs are frozen and hashable, so they can be static arguments of `jax.jit`. A wrong value is a
 `ValueError` that names the field, the value and what is allowed.
 """
 
 import dataclasses
-from typing import Any
 
-import numpy as np
-
+from fam_jax.checks import check_bool, check_choice, check_int, check_real
+from fam_jax.memory import MemoryConfig
 from fam_jax.ops import ACTIVATIONS, WEIGHTS
 from fam_jax.remat import POLICIES
 from fam_jax.rope import RopeScaling
@@ -17,129 +16,6 @@ from lime_jax import MixingConfig, make_mixer
 from lime_jax.mixer import shape_of
 
 DTYPES = ("float32", "bfloat16", "float64")
-
-
-def check_choice(owner: str, field: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raises a ValueError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{owner}.{field}={value!r} is not known; allowed: {', '.join(map(repr, allowed))}")
-
-
-def check_int(owner: str, field: str, value: Any, minimum: int) -> None:
-    """Raises a ValueError unless `value` is an integer of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < minimum:
-        raise ValueError(f"{owner}.{field}={value!r} is not allowed; it must be an integer of at least {minimum}")
-
-
-def check_bool(owner: str, field: str, value: Any) -> None:
-    """Raises a ValueError unless `value` is True or False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{owner}.{field}={value!r} is not allowed; it must be True or False")
-
-
-def check_real(owner: str, field: str, value: Any, low: float, high: float = float("inf")) -> None:
-    """Raises a ValueError unless `low <= value <= high`."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not low <= value <= high or value == float("inf"):
-        limit = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
-        raise ValueError(f"{owner}.{field}={value!r} is not allowed; it must be a finite number {limit}")
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoryConfig:
-    """Memory along time: block sliding window attention (BSWA) and Feedback Attention Memory (FAM).
-
-    The text is read in blocks. A token sees its own block up to itself, all of the `segments` blocks before
-    it, and the FAM rows, which have read every earlier block (TransformerFAM, section 2 and algorithm 2).
-
-    Attributes:
-        block_size: Tokens in a block.
-        segments: Cached past blocks that a token sees in full; 0 sees only its own block.
-        fam_length: FAM rows per layer, at most `block_size`; 0 is plain BSWA.
-        positions: "local" rotates by positions relative to the current block, which loses no precision
-            however long the text; "absolute" counts from the start of the document.
-        fam_positions: Rotary positions of FAM rows: the "last" slots of the block that they compressed,
-            "fractional" ones just after it, or always "zero" (table 7). "zero" needs absolute positions.
-        fam_query: Slot of the FAM query: "new", the end of the block being compressed, or "old", that of
-            its key. The paper does not say which.
-        prompt_positions: Positions of the learned initial FAM: "before" the document, or "pinned" at
-            0..fam_length-1 whatever the offset, which needs absolute positions.
-        first_residual: Residual of the first update from the prompt: "zero" (appendix B.1) or "fam".
-        stop_gradient: Cut the gradient into cached segments (the paper's M1_SG).
-        window: A token sees only keys less than this many positions back, which makes BSWA the sliding
-            window of Transformer-XL. At most `segments * block_size + 1`. FAM rows are always seen.
-        clip: Largest root mean square of a FAM row; after every update, larger ones are scaled down to it. Our
-            addition: the residual otherwise lets the FAM grow with every block, until nothing new can be written
-            into it. None does not clip.
-        noise: Training only: after every update, Gaussian noise of this size relative to the FAM.
-        rsp: Training only: Random State Passing, the probability that a document starts from the stored FAM
-            instead of the prompt (appendix B.2.3; the paper uses 0.8).
-        rpo: Training only: Random Position Offset (appendix B.2.2). Rotary attention does not notice a common
-            offset, so it needs absolute positions together with something that stays in place.
-    """
-
-    block_size: int
-    segments: int = 1
-    fam_length: int = 0
-    positions: str = "local"
-    fam_positions: str = "last"
-    fam_query: str = "new"
-    prompt_positions: str = "before"
-    first_residual: str = "zero"
-    stop_gradient: bool = False
-    window: int | None = None
-    clip: float | None = None
-    noise: float = 0.0
-    rsp: float = 0.0
-    rpo: bool = False
-
-    def __post_init__(self) -> None:
-        name = "MemoryConfig"
-        check_int(name, "block_size", self.block_size, 1)
-        check_int(name, "segments", self.segments, 0)
-        check_int(name, "fam_length", self.fam_length, 0)
-        check_choice(name, "positions", self.positions, ("local", "absolute"))
-        check_choice(name, "fam_positions", self.fam_positions, ("last", "fractional", "zero"))
-        check_choice(name, "fam_query", self.fam_query, ("new", "old"))
-        check_choice(name, "prompt_positions", self.prompt_positions, ("before", "pinned"))
-        check_choice(name, "first_residual", self.first_residual, ("zero", "fam"))
-        check_bool(name, "stop_gradient", self.stop_gradient)
-        if self.clip is not None:
-            check_real(name, "clip", self.clip, 1e-6)
-        check_real(name, "noise", self.noise, 0.0)
-        check_real(name, "rsp", self.rsp, 0.0, 1.0)
-        check_bool(name, "rpo", self.rpo)
-        if self.fam_length > self.block_size:
-            raise ValueError(
-                f"MemoryConfig.fam_length={self.fam_length} is longer than block_size={self.block_size}; "
-                "FAM rows take the last positions of a block, so at most block_size of them fit"
-            )
-        if self.window is not None:
-            check_int(name, "window", self.window, 1)
-            if self.window > self.segments * self.block_size + 1:
-                raise ValueError(
-                    f"MemoryConfig.window={self.window} reaches beyond the cached keys; with segments={self.segments} "
-                    f"and block_size={self.block_size} it is at most segments * block_size + 1 = "
-                    f"{self.segments * self.block_size + 1}; add segments or make the window smaller"
-                )
-        if not self.fam_length:
-            for field, off in (("clip", None), ("noise", 0), ("rsp", 0)):
-                if getattr(self, field) != off:
-                    raise ValueError(
-                        f"MemoryConfig.{field}={getattr(self, field)!r} acts on the FAM, but fam_length=0 has none; "
-                        f"set {field} to {off}, or give the memory a FAM"
-                    )
-        if self.positions != "absolute":
-            for field, needs in (
-                ("fam_positions", self.fam_positions == "zero"),
-                ("prompt_positions", self.prompt_positions == "pinned"),
-                ("rpo", self.rpo),
-            ):
-                if needs:
-                    value = getattr(self, field)
-                    raise ValueError(
-                        f"MemoryConfig.{field}={value!r} needs positions='absolute', not {self.positions!r}"
-                    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,6 +160,7 @@ class DecoderConfig:
                 "are always computed again as a whole; use 'none' or 'full', backward='push' where the mixing has it, "
                 "or scan_layers=False"
             )
+        self._check_memory()
         if not isinstance(self.sharding, ShardingRules):
             raise ValueError(f"DecoderConfig.sharding={self.sharding!r} is not allowed; give ShardingRules")
         check_real(name, "rope_base", self.rope_base, 1.0)
@@ -294,6 +171,33 @@ class DecoderConfig:
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
             raise ValueError(f"DecoderConfig.rope_scaling={self.rope_scaling!r} is not allowed; give a RopeScaling")
         self._check_local()
+
+    def _check_memory(self) -> None:
+        memory = self.memory
+        if memory is None:
+            return
+        if memory.block_schedule_only and self.schedule != "block":
+            raise ValueError(
+                f"DecoderConfig.schedule={self.schedule!r} is not possible with memory.kind={memory.kind!r}, which "
+                "needs all layers of a block before the next block; set schedule to 'block'"
+            )
+        if self.mixing is not None and memory.kind in ("feedback", "summary"):
+            raise ValueError(
+                f"DecoderConfig.mixing={self.mixing!r} is not possible with memory.kind={memory.kind!r}, of whose rows "
+                "it is not defined what they read of other layers; set mixing to None, or choose another kind"
+            )
+        if memory.layers is None:
+            return
+        if memory.layers[-1] >= self.num_layers:
+            raise ValueError(
+                f"DecoderConfig.memory.layers={memory.layers!r} is not allowed; num_layers={self.num_layers} has the "
+                f"layers 0 to {self.num_layers - 1}"
+            )
+        if make_mixer(self.mixing, shape_of(self)).mixes_rows:
+            raise ValueError(
+                f"DecoderConfig.memory.layers={memory.layers!r} is not possible with mixing={self.mixing!r}, by which "
+                "FAM rows read those of all earlier layers; set layers to None, or choose another mixing"
+            )
 
     def _check_local(self) -> None:
         name = "DecoderConfig"
@@ -322,7 +226,7 @@ class DecoderConfig:
     @property
     def fam_length(self) -> int:
         """FAM rows per layer; 0 without a FAM."""
-        return self.memory.fam_length if self.memory else 0
+        return self.memory.rows if self.memory else 0
 
     @property
     def segments(self) -> int:

@@ -1,9 +1,8 @@
 """The decoder: parameters, the two schedules, and the streaming interface."""
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,18 +15,14 @@ from fam_jax import state as state_lib
 from fam_jax.call import check_call, check_targets
 from fam_jax.config import DecoderConfig
 from fam_jax.embedding import embed_blocks, read_losses, read_out
-from fam_jax.fam import FamInputs, climb
-from fam_jax.layer import layer
 from fam_jax.loss import TokenLosses
 from fam_jax.ops import accumulation_dtype
 from fam_jax.plan import Plan, make_plan
-from fam_jax.remat import POLICIES, recompute
+from fam_jax.schedules import block_schedule, layer_schedule, stack_layers
 from fam_jax.sequence import check_sequence, over_blocks
-from fam_jax.sharding import constrain, gather
-from fam_jax.state import LayerMemory, RSPState, StreamState
-from fam_jax.sublayers import LayerParams, LayerStack, cast
-from lime_jax import Mixer, make_mixer, run_layers
-from lime_jax.depth import NO_DEPTH
+from fam_jax.state import RSPState, StreamState
+from fam_jax.sublayers import LayerStack
+from lime_jax import make_mixer
 from lime_jax.mixer import shape_of
 
 
@@ -47,17 +42,6 @@ class DecoderOutput:
     state: StreamState
     rsp: RSPState | None
     losses: TokenLosses | None = None
-
-
-class Layers(NamedTuple):
-    """Everything that differs from layer to layer, stacked, and the learned prompt, if it has yet to climb them.
-
-    Without a FAM, `inputs` and `prompt` [f, d] are None.
-    """
-
-    params: LayerParams
-    inputs: FamInputs | None
-    prompt: Array | None
 
 
 class Decoder(nn.Module):
@@ -130,7 +114,7 @@ class Decoder(nn.Module):
         layers = stack_layers(config, mixer, params, key=key, rsp=rsp)
         x = embed_blocks(config, params, call.tokens, layout)
         # Windows shorter than a block are at most two: the block schedule's loop, which can skip one.
-        schedule = _layer_schedule if config.schedule == "layer" and plan.slot is None else _block_schedule
+        schedule = layer_schedule if config.schedule == "layer" and plan.slot is None else block_schedule
         run = partial(over_blocks, schedule) if spread else schedule
         final = params.get("mixing", {}).get("final", {})
         x, memory, kept = run(config, mixer, layers, final, x, call.state.layers, plan)
@@ -164,8 +148,12 @@ class Decoder(nn.Module):
         if not c.tie_embeddings:
             initializer = nn.initializers.normal(c.d_model**-0.5)
             params["unembed"] = self.param("unembed", initializer, (c.d_model, c.vocab_size), dtype)
-        if c.fam_length:
-            params["fam_prompt"] = self.param("fam_prompt", rows, (c.fam_length, c.d_model), dtype)
+        if c.memory is not None and c.memory.fam_length:
+            shape = (c.memory.fam_length, c.d_model)
+            if c.memory.fam_init == "prompt":
+                params["fam_prompt"] = self.param("fam_prompt", rows, shape, dtype)
+            else:
+                params["fam_prefix"] = self.param("fam_prefix", rows, (c.num_layers, *shape), dtype)
         final_scale = nn.initializers.constant(c.d_model**-0.5 if c.tie_embeddings else 1.0)
         params["final_norm"] = self.param("final_norm", final_scale, (c.d_model,), dtype)
         params["layers"] = LayerStack(c, name="layers")()
@@ -175,215 +163,6 @@ class Decoder(nn.Module):
         if c.lora is not None:  # the last, so that all others begin as they do without
             params["lora"] = self.param("lora", partial(lora.init, c), dtype)
         return params
-
-
-def stack_layers(
-    config: DecoderConfig,
-    mixer: Mixer,
-    params: dict[str, Any],
-    key: Array | None = None,
-    rsp: RSPState | None = None,
-) -> Layers:
-    """What the layers of a call compute with, in its precision: weights, and what their FAM starts from.
-
-    Args:
-        config: The decoder's.
-        mixer: The layer mixer.
-        params: The decoder's, its layers as `LayerParams`.
-        key: For FAM noise and LoRA's dropout; None for none.
-        rsp: The stored state of Random State Passing.
-    """
-    dtype = jnp.dtype(config.dtype)
-    weights = cast(params["layers"], dtype)
-    mixing = params.get("mixing", {}).get("layers", {})
-    factors = params.get("lora", {}).get("layers", {})
-    factors = lora.effective(config, factors, None if key is None else jax.random.fold_in(key, 3))
-    local = None if config.local_window is None else jnp.asarray(config.is_local)
-    weights = dataclasses.replace(weights, mixing=mixer.effective(mixing), lora=factors, local=local)
-    if not config.fam_length:
-        return Layers(weights, None, None)
-    stored = None if rsp is None else jax.lax.stop_gradient(rsp.fam).astype(dtype)
-    noise_keys = None
-    if key is not None and config.memory is not None and config.memory.noise > 0:
-        noise_key = jax.random.fold_in(key, 2)
-        noise_keys = jax.vmap(lambda number: jax.random.fold_in(noise_key, number))(jnp.arange(config.num_layers))
-    prompt = constrain(config.sharding, params["fam_prompt"].astype(dtype), None, None)
-    return Layers(weights, FamInputs(None, stored, noise_keys), prompt)
-
-
-def _layer_schedule(
-    config: DecoderConfig,
-    mixer: Mixer,
-    layers: Layers,
-    final: dict[str, Array],
-    x: Array,
-    memory: LayerMemory,
-    plan: Plan,
-) -> tuple[Array, LayerMemory, Array]:
-    """Layer after layer, each over all blocks.
-
-    Args:
-        config: The decoder's.
-        mixer: The layer mixer.
-        layers: Stacked over layers.
-        final: What the mixer needs for the output of the last layer.
-        x: Embedded tokens [b, n, w, d].
-        memory: Stacked over layers.
-        plan: Bookkeeping of the blocks.
-
-    Returns:
-        Output of the last layer [b, n, w, d], memory, and the FAM to store [l, f, d].
-    """
-
-    def body(plan, carry, xs, depths):
-        one, one_memory = xs
-        carry, one_memory, kept, slots = layer(config, mixer, one.params, carry, one_memory, one.inputs, plan, depths)
-        return carry, slots, (one_memory, kept)
-
-    x, (memory, kept) = through_layers(config, mixer, layers, final, body, x, memory, plan)
-    return x, memory, kept
-
-
-def through_layers(
-    config: DecoderConfig,
-    mixer: Mixer,
-    layers: Layers,
-    final: dict[str, Array],
-    body: Callable[..., Any],
-    x: Array,
-    memory: LayerMemory,
-    plan: Plan,
-) -> tuple[Array, Any]:
-    """Tokens through all layers, `body` being one of them (see `lime_jax.run_layers`).
-
-    The prompt climbs along with them, so that each layer's weights are gathered, and their gradients summed, once.
-
-    Returns:
-        Output of the last layer [b, n, w, d], and what the layers kept, stacked.
-    """
-    start = {"tokens": x} if layers.prompt is None else {"tokens": x, "prompt": layers.prompt}
-    rows = {name: embedded.shape[:-1] for name, embedded in start.items()}
-    if config.fam_length and mixer.mixes_rows:
-        rows["fam"] = (*x.shape[:2], config.fam_length)
-
-    def step(plan, carries, xs, depths):
-        (params, inputs, _), one_memory = xs
-        params = gather(config.sharding, params)
-        slots = {}
-        if "prompt" in carries:
-            prompt, entering, depth = climb(config, mixer, params, carries["prompt"], depths.get("prompt", NO_DEPTH))
-            carries, slots = carries | {"prompt": prompt}, {"prompt": depth.own}
-            inputs = inputs._replace(prompt=entering)
-        carry, more, kept = body(plan, carries["tokens"], (Layers(params, inputs, None), one_memory), depths)
-        return carries | {"tokens": carry}, slots | more, kept
-
-    carries, xs = jax.tree.map(mixer.open, start), (layers._replace(prompt=None), memory)
-    carries, banks, kept = _run_layers(config, mixer, layers.params.mixing, step, plan, carries, xs, rows, start)
-    return mixer.close(final, carries["tokens"], banks.get("tokens")), kept
-
-
-def _run_layers(
-    config: DecoderConfig,
-    mixer: Mixer,
-    mixing: Any,
-    body: Callable[..., Any],
-    consts: Any,
-    carry: Any,
-    xs: Any,
-    rows: dict[str, tuple[int, ...]],
-    start: dict[str, Array],
-) -> tuple[Any, Any, Any]:
-    """`run_layers` as the config says, with banks for the rows of the given shapes.
-
-    Args:
-        config: The decoder's.
-        mixer: The layer mixer.
-        mixing: Its parameters, stacked over layers.
-        body: One layer, see `run_layers`.
-        consts: What all layers share.
-        carry: What goes into the first layer.
-        xs: What each layer has of its own.
-        rows: Shapes of the rows, by name of the bank.
-        start: Embedded rows [..., d], by name of the bank.
-    """
-    banks = {}
-    if mixer.per_layer:
-        banks = {name: mixer.bank(shape, config.dtype) for name, shape in rows.items()}
-        axes = ("batch", "block", None, *[None] * len(mixer.slot_shape))
-        banks |= {name: constrain(config.sharding, banks[name], *axes) for name in banks if name != "prompt"}
-        if mixer.first:  # the embeddings have a slot of their own
-            banks = {name: bank.at[0].set(start[name]) for name, bank in banks.items()}
-    return run_layers(
-        mixer,
-        body,
-        consts,
-        carry,
-        xs,
-        banks,
-        mixer.columns(mixing) if banks and mixer.backward == "push" else None,
-        scan=config.scan_layers,
-        remat=config.remat != "none",
-        policy=POLICIES[config.remat],
-        # In the same order in every process of a job: all must compile the same program.
-        rebuild=tuple(name for name in ("tokens", "prompt") if name in rows) if mixer.from_input else (),
-    )
-
-
-def _block_schedule(
-    config: DecoderConfig,
-    mixer: Mixer,
-    layers: Layers,
-    final: dict[str, Array],
-    x: Array,
-    memory: LayerMemory,
-    plan: Plan,
-) -> tuple[Array, LayerMemory, Array]:
-    """Block after block, each through all layers. Arguments and results are those of `_layer_schedule`."""
-    short = plan.slot is not None
-    layers = _climb_all(config, mixer, layers, plan)
-
-    def run(x, memory, plan):
-        return _layer_schedule(config, mixer, layers, final, x, memory, plan)
-
-    def skip(x, memory, plan):
-        return x, memory, jnp.zeros((config.num_layers, config.fam_length, config.d_model), x.dtype)
-
-    def step(carry, block):
-        memory, kept = carry
-        x, plan = block
-        if short:  # a short call seldom runs over a block's end
-            touched = jnp.any((plan.end > plan.first) | plan.passed)
-            x, memory, new = jax.lax.cond(touched, run, skip, x, memory, plan)
-        else:
-            x, memory, new = run(x, memory, plan)
-        return (memory, jnp.where(plan.store[0], new, kept)), x
-
-    kept = jnp.zeros((config.num_layers, config.fam_length, config.d_model), x.dtype)
-    blocks = (jnp.moveaxis(x, 1, 0)[:, :, None], plan.per_block())
-    (memory, kept), x = jax.lax.scan(recompute(config.remat, step), (memory, kept), blocks)
-    return jnp.moveaxis(x[:, :, 0], 0, 1), memory, kept
-
-
-def _climb_all(config: DecoderConfig, mixer: Mixer, layers: Layers, plan: Plan) -> Layers:
-    """With the prompt as it arrives at each layer, [l, f, d] (appendix B.1), before there are tokens."""
-    if layers.prompt is None or layers.inputs is None:
-        return layers
-    start = {"prompt": layers.prompt}
-
-    def body(_, carry, one, depths):
-        carry, rows, depth = climb(config, mixer, gather(config.sharding, one), carry, depths.get("prompt", NO_DEPTH))
-        return carry, {"prompt": depth.own}, rows
-
-    def compute():
-        rows, carry, mixing = {"prompt": start["prompt"].shape[:1]}, mixer.open(start["prompt"]), layers.params.mixing
-        return _run_layers(config, mixer, mixing, body, None, carry, layers.params, rows, start)[2]
-
-    if plan.slot is None:
-        prompts = compute()
-    else:  # decoding token by token reads the prompt in a document's first block only
-        nothing = jnp.zeros((config.num_layers, *layers.prompt.shape), layers.prompt.dtype)
-        prompts = jax.lax.cond(jnp.any(plan.fresh), compute, lambda: nothing)
-    return Layers(layers.params, layers.inputs._replace(prompt=prompts), None)
 
 
 def _store(rsp: RSPState, kept: Array, plan: Plan) -> RSPState:

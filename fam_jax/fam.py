@@ -6,8 +6,13 @@ segments, and pass through the layer's ordinary weights:
     A = attention(q(F[n-1]), [k(F[n-1]); k(block)], [v(F[n-1]); v(block)]) + F[n-1]
     F[n] = feed_forward(norm(A)) + A
 
-The first update of a document has no residual F[0], because the learned prompt holds no context yet. Two
-additions of ours, off by default, let a memory last: a limit to the size of F[n] (`clip`), and noise on it in
+The first update of a document has no residual F[0], because the learned prompt holds no context yet. Tokens see the
+keys and values of F[n-1], and if asked for those of some blocks before (table 6). The paper's static summary tokens
+(section C.3) differ in one thing: query and residual are the learned start P at every update,
+
+    A = attention(q(P), [k(F[n-1]); k(block)], [v(F[n-1]); v(block)]) + P
+
+Two additions of ours, off by default, let a memory last: a limit to the size of F[n] (`clip`), and noise on it in
 training (`noise`).
 """
 
@@ -26,22 +31,26 @@ from fam_jax.plan import Plan
 from fam_jax.remat import UPDATED
 from fam_jax.rope import frequencies
 from fam_jax.sharding import constrain
-from fam_jax.sublayers import LayerParams, finish, project
+from fam_jax.sublayers import LayerParams, attention_output, finish, project
 from lime_jax import Depth, Mixer
+from lime_jax.depth import NO_DEPTH
 
 
 class FamInputs(NamedTuple):
     """What a layer's FAM may start from, and the randomness of training.
 
     Attributes:
-        prompt: The learned prompt as it arrives at this layer: [f, d]; None where it climbs along with the tokens.
+        prompt: The learned prompt as it arrives at this layer, or the layer's own prefix: [f, d]; None where a prompt
+            climbs along with the tokens.
         stored: The stored FAM of Random State Passing at this layer: [f, d]; None if the caller has none.
         noise_key: Key of this layer's FAM noise; None for no noise.
+        active: This layer has a FAM: bool []; None if all have.
     """
 
     prompt: Array | None
     stored: Array | None
     noise_key: Array | None
+    active: Array | None = None
 
 
 def key_positions(memory: MemoryConfig, position: Array | None, fresh: Array) -> Array:
@@ -92,11 +101,13 @@ def update(
 ) -> Array:
     """One update of one layer's FAM (algorithm 2), from its queries on.
 
+    Without `fam_ff` it ends before the feed-forward, with attention and residual.
+
     Args:
         config: The decoder's; it has a FAM.
         mixer: The layer mixer of memory rows.
         params: The layer's weights.
-        fam: FAM before the block: [b, f, d].
+        fam: FAM before the block, of static summary tokens the learned start: [b, f, d].
         fresh: The row's FAM is the learned prompt: bool [b].
         q: Rotated queries of the FAM rows: [b, f, h, k].
         sources: Their own keys and values, and those of the whole block.
@@ -108,20 +119,15 @@ def update(
     memory = config.memory
     assert memory is not None
     residual = fam
-    if memory.first_residual == "zero":
+    if memory.first_residual == "zero" and memory.kind == "fam":
         residual = jnp.where(fresh[:, None, None], 0, fam)
     # Other layers may read only the FAM as it entered the block: the rest has seen the block's last token.
     ff_source = fam if mixer.mixes_ff else None
-    new, _ = finish(
-        config,
-        mixer,
-        params,
-        fam,
-        lambda y, later: (residual + y, later),
-        attend(q, sources, config.attention_softcap),
-        depth,
-        ff_source,
-    )
+    attended = attend(q, sources, config.attention_softcap)
+    if memory.fam_ff:
+        new, _ = finish(config, mixer, params, fam, lambda y, later: (residual + y, later), attended, depth, ff_source)
+    else:
+        new = residual + attention_output(config, params, attended)
     return new if memory.clip is None else clip_rows(new, memory.clip)
 
 
@@ -154,7 +160,7 @@ def scan_blocks(
     depth: Depth,
     *,
     skip_incomplete: bool,
-) -> tuple[Array, Source, Array, tuple[Array, ...]]:
+) -> tuple[Array, Source, Array, tuple[Array, ...], Array | None]:
     """Carries one layer's FAM over the blocks of a call.
 
     Args:
@@ -171,7 +177,8 @@ def scan_blocks(
     Returns:
         FAM after the last block [b, f, d]; rotated keys and values of the FAM that entered each block
         [b, n, f, g, k]; FAM of row 0 after the block that Random State Passing keeps [f, d]; what later layers may read
-        of the FAM that entered each block, slots of rows [b, n, f].
+        of the FAM that entered each block, slots of rows [b, n, f]; and the keys before the rotation, if tokens see
+        more than one FAM, else None.
     """
     memory = config.memory
     assert memory is not None
@@ -185,7 +192,7 @@ def scan_blocks(
         inputs = inputs._replace(stored=per_row(inputs.stored))
 
     def step(operands, carry, block_n):
-        params, inputs, (live, layer_number) = operands
+        (params, inputs, (live, layer_number)), static_q = operands
         fam, kept = carry
         k, v, index, complete, fresh, passed, position, store, bank, pushed = block_n
         if inputs.stored is not None:
@@ -195,10 +202,13 @@ def scan_blocks(
         q, fam_k, fam_v, here = project(config, mixer, params, entering, here)
         turns = frequencies(config, params.local)
         own = Source(rotate(fam_k, key_positions(memory, position, fresh), turns), fam_v)
+        reader = entering
+        if static_q is not None:
+            reader, q = inputs.prompt, static_q
 
         def compress():
             queries = rotate(q, query_positions(memory, position, fresh), turns)
-            new = update(config, mixer, params, entering, fresh, queries, [own, Source(k, v)], here)
+            new = update(config, mixer, params, reader, fresh, queries, [own, Source(k, v)], here)
             if inputs.noise_key is not None:
                 new = add_noise(new, memory.noise, jax.random.fold_in(inputs.noise_key, index))
             return new
@@ -209,12 +219,16 @@ def scan_blocks(
         fam = constrain(config.sharding, jnp.where(complete[:, None, None], new, fam), "batch", None, None)
         kept = jnp.where(store, jax.lax.stop_gradient(fam), kept)
         slots = (*here.own, *[entering] * (mixer.per_layer - len(here.own)))
-        return (fam, kept), (own.k, own.v, slots)
+        return (fam, kept), (own.k, own.v, slots, fam_k if memory.fam_blocks > 1 else None)
 
     def scan(fam, operands):
         *shared, xs = operands
+        params, inputs, _ = shared
+        static_q = None
+        if memory.kind == "summary":
+            static_q = project(config, mixer, params, inputs.prompt, NO_DEPTH)[0]
         # No checkpoint of its own: where layers are computed again, updates would be a third time.
-        one = partial(step, shared)
+        one = partial(step, (shared, static_q))
         with jax.named_scope("fam_scan"):  # by which the loop is found in a compiled program
             (fam, kept), out = jax.lax.scan(one, (fam, jnp.zeros_like(fam)), xs)
         return fam, (kept, out)
@@ -225,8 +239,36 @@ def scan_blocks(
     fam = constrain(config.sharding, fam, "batch", None, None)
     xs = (k, v, plan.index, complete, fresh, passed, position, plan.store, bank, pushed)
     fam, (kept, out) = sequence.pass_along(scan, fam, (params, inputs, (depth.live, depth.layer), xs))
-    fam_k, fam_v, slots = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), out)
-    return sequence.from_last(fam), Source(fam_k, fam_v), sequence.total(kept[0]), slots
+    fam_k, fam_v, slots, plain_k = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), out)
+    return sequence.from_last(fam), Source(fam_k, fam_v), sequence.total(kept[0]), slots, plain_k
+
+
+def earlier(config: DecoderConfig, turns: Array, k: Array, v: Array, plan: Plan) -> list[Source]:
+    """Keys and values of the FAM before the last, from the latest on, for the tokens of each block (table 6).
+
+    They keep the slots of the blocks that they compressed.
+
+    Args:
+        config: The decoder's; its `fam_blocks` is more than 1.
+        turns: Frequencies of the rotary positions of the layer.
+        k: Keys, before the rotation, of the FAM that entered the `fam_blocks - 1` blocks before those of the plan, and
+            these: [b, fam_blocks - 1 + n, f, g, k].
+        v: Values of the same.
+        plan: Bookkeeping of n blocks.
+    """
+    memory = config.memory
+    assert memory is not None
+    assert plan.blocks is not None
+    count, windows = memory.fam_blocks - 1, plan.blocks.shape[1]
+    sources = []
+    for back in range(1, memory.fam_blocks):
+        there = slice(count - back, count - back + windows)
+        start = None if plan.position is None else plan.position - back * memory.block_size
+        positions = key_positions(memory, start, jnp.zeros(plan.blocks.shape, bool))
+        positions = positions - back * memory.block_size if start is None else positions
+        mask = (back <= plan.blocks)[:, :, None, None]
+        sources.append(Source(rotate(k[:, there], positions, turns), v[:, there], mask))
+    return sources
 
 
 def new_prompt(rows: Array, embed: Array, token: int | None = None) -> Array:

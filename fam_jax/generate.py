@@ -12,7 +12,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 
 from fam_jax.call import as_array, check_ids
-from fam_jax.config import check_int
+from fam_jax.checks import check_int
 from fam_jax.decoder import Decoder
 from fam_jax.sampling import Choice, check_choice, choose
 from fam_jax.state import StreamState, check_state

@@ -5,14 +5,18 @@ block schedule. Tokens of all blocks are projected and attend in parallel; only 
 block to block.
 """
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fam_jax import sequence
+from fam_jax import rivals, sequence
 from fam_jax.config import DecoderConfig
-from fam_jax.fam import FamInputs, scan_blocks
+from fam_jax.fam import FamInputs, earlier, scan_blocks
 from fam_jax.ops import Source, attend, attend_by_block, rotate
 from fam_jax.plan import Plan
 from fam_jax.rope import frequencies
@@ -27,24 +31,26 @@ def layer(
     config: DecoderConfig,
     mixer: Mixer,
     params: LayerParams,
-    carry: Array,
+    carries: dict[str, Array],
     memory: LayerMemory,
     inputs: FamInputs | None,
     plan: Plan,
     depths: dict[str, Depth],
-) -> tuple[Array, LayerMemory, Array, dict[str, tuple[Array, ...]]]:
+) -> tuple[dict[str, Array], LayerMemory, Array, dict[str, tuple[Array, ...]]]:
     """Runs one layer.
 
     Args:
         config: The decoder's.
         mixer: What the layer reads of earlier layers.
         params: The layer's weights, in the type of the activations, gathered (see `fam_jax.sharding`).
-        carry: What the layer before left, in windows: [b, n, w, d], more axes with some mixers. `w` is the block
-            size, or less if `n` is 1.
+        carries: What the layer before left, of `tokens` in windows: [b, n, w, d], more axes with some mixers. `w` is
+            the block size, or less if `n` is 1. RMT and AutoCompressors, of which `n` is 1, add the rows that they
+            `read` and `write` (see `fam_jax.rivals`).
         memory: What the layer remembers of earlier calls.
         inputs: Start of the FAM and its noise; None without a FAM.
         plan: Bookkeeping of the same blocks.
-        depths: Earlier layers, at the `tokens` and at the `fam` rows as they entered each block; none without mixing.
+        depths: Earlier layers, at the rows of the carries and at the `fam` rows as they entered each block; none
+            without mixing.
 
     Returns:
         What goes to the next layer; what this layer remembers now; the FAM that Random State Passing keeps [f, d]; what
@@ -52,7 +58,7 @@ def layer(
     """
     rules = config.sharding
     depth, fam_depth = (depths.get(name, NO_DEPTH) for name in ("tokens", "fam"))
-    x, add = mixer.enter(params.mixing, carry, depth, 0)
+    x, add = mixer.enter(params.mixing, carries["tokens"], depth, 0)
     _, windows, width, _ = x.shape
     size = memory.open_k.shape[1]
     q, k, v, depth = project(config, mixer, params, x, depth)
@@ -80,22 +86,19 @@ def layer(
         sources.append(Source(rotate(k, start + slots - back * size, turns), v, mask))
 
     kept = jnp.zeros(memory.fam.shape[1:], memory.fam.dtype)
-    fam = memory.fam
-    fam_slots: tuple[Array, ...] = ()
+    block = Source(own.k, own.v)
+    slots_of: dict[str, tuple[Array, ...]] = {"fam": ()}
     if inputs is not None:
-        rows_mixer = mixer if mixer.mixes_rows else Mixer(None, mixer.shape)
-        fam, fam_source, kept, fam_slots = scan_blocks(
-            config,
-            rows_mixer,
-            params,
-            fam,
-            inputs,
-            Source(own.k, own.v),
-            plan,
-            fam_depth,
-            skip_incomplete=width < size,
+        fam_sources, memory, kept, slots_of["fam"] = _fam(
+            config, mixer, params, memory, inputs, block, plan, fam_depth, skip_incomplete=width < size
         )
-        sources.append(fam_source)
+        sources += fam_sources
+    rows: dict[str, Array] = {}
+    if "read" in carries:
+        rows, slots_of, read = _memory_rows(
+            config, mixer, params, carries, block, plan, depths, skip_incomplete=width < size
+        )
+        sources.append(read)
     attention = attend_by_block if config.remat != "none" and windows > 1 else attend
     attended = attention(q, sources, config.attention_softcap)
     carry, depth = finish(config, mixer, params, x, add, attended, depth)
@@ -104,8 +107,86 @@ def layer(
     done = sequence.total(jnp.sum(plan.complete, axis=1))
     segment_k, open_k = _advance(all_k, done, config.segments)
     segment_v, open_v = _advance(all_v, done, config.segments)
-    remembered = LayerMemory(segment_k, segment_v, open_k, open_v, fam)
-    return carry, remembered, kept, {"tokens": depth.own, "fam": fam_slots}
+    if memory.output_k is not None and memory.output_v is not None:
+        output_k, output_v = rivals.of_outputs(config, mixer, params, carry)
+        output_k, output_v = _fill(output_k, memory.output_k, plan), _fill(output_v, memory.output_v, plan)
+        all_k = jnp.concatenate([memory.segment_k, output_k], axis=1)
+        all_v = jnp.concatenate([memory.segment_v, output_v], axis=1)
+        segment_k, output_k = _advance(all_k, done, config.segments)
+        segment_v, output_v = _advance(all_v, done, config.segments)
+        memory = memory._replace(output_k=output_k, output_v=output_v)
+    remembered = memory._replace(segment_k=segment_k, segment_v=segment_v, open_k=open_k, open_v=open_v)
+    return {"tokens": carry, **rows}, remembered, kept, {"tokens": depth.own, **slots_of}
+
+
+def _fam(
+    config: DecoderConfig,
+    mixer: Mixer,
+    params: LayerParams,
+    memory: LayerMemory,
+    inputs: FamInputs,
+    block: Source,
+    plan: Plan,
+    depth: Depth,
+    *,
+    skip_incomplete: bool,
+) -> tuple[list[Source], LayerMemory, Array, tuple[Array, ...]]:
+    """The FAM over the blocks of a call, if this layer has one; see `scan_blocks`.
+
+    Returns:
+        What tokens see of it; the layer's memory with the FAM that it is left with; the FAM that Random State Passing
+        keeps [f, d]; what later layers may read of it.
+    """
+    rows_mixer = mixer if mixer.mixes_rows else Mixer(None, mixer.shape)
+    # All layers are one program: without a FAM, one never takes the update, and its tokens do not see the start.
+    taken = plan if inputs.active is None else dataclasses.replace(plan, complete=plan.complete & inputs.active)
+    fam, source, kept, slots, k = scan_blocks(
+        config, rows_mixer, params, memory.fam, inputs, block, taken, depth, skip_incomplete=skip_incomplete
+    )
+    left, sources = memory._replace(fam=fam), [source]
+    if memory.fam_k is not None and memory.fam_v is not None and k is not None:
+        k = jnp.concatenate([sequence.before(memory.fam_k, k), k], axis=1)
+        v = jnp.concatenate([sequence.before(memory.fam_v, source.v), source.v], axis=1)
+        sources += earlier(config, frequencies(config, params.local), k, v, plan)
+        done, count = sequence.total(jnp.sum(plan.complete, axis=1)), memory.fam_k.shape[1]
+        left = left._replace(fam_k=_advance(k, done, count)[0], fam_v=_advance(v, done, count)[0])
+    if inputs.active is not None:
+        seen = jnp.broadcast_to(inputs.active, (1, len(plan.index), 1, 1))
+        sources = [one._replace(mask=seen if one.mask is None else one.mask & seen) for one in sources]
+    return sources, left, kept, slots
+
+
+def _memory_rows(
+    config: DecoderConfig,
+    mixer: Mixer,
+    params: LayerParams,
+    carries: dict[str, Array],
+    block: Source,
+    plan: Plan,
+    depths: dict[str, Depth],
+    *,
+    skip_incomplete: bool,
+) -> tuple[dict[str, Array], dict[str, tuple[Array, ...]], Source]:
+    """The rows that RMT and AutoCompressors read and write; see `fam_jax.rivals`.
+
+    Returns:
+        The rows as they leave this layer, what later layers may read of them, and what tokens see.
+    """
+    read, source, depth = rivals.read(config, mixer, params, carries["read"], plan, depths.get("read", NO_DEPTH))
+
+    def write():
+        start = depths.get("write", NO_DEPTH)
+        written, depth = rivals.write(config, mixer, params, carries["write"], [source, block], plan, start)
+        return written, depth.own
+
+    written, own = _or_zeros(jnp.any(plan.complete), write) if skip_incomplete else write()
+    return {"read": read, "write": written}, {"read": depth.own, "write": own}, source
+
+
+def _or_zeros(wanted: Array, compute: Callable[[], Any]) -> Any:
+    """What `compute` gives, or zeros, without computing it."""
+    shapes = jax.eval_shape(compute)
+    return jax.lax.cond(wanted, compute, lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
 
 
 def _fill(new: Array, opened: Array, plan: Plan) -> Array:

@@ -13,10 +13,10 @@ from jax.typing import ArrayLike
 
 from fam_jax.call import check_call
 from fam_jax.config import DecoderConfig
-from fam_jax.decoder import stack_layers, through_layers
 from fam_jax.embedding import embed_blocks, read_out
 from fam_jax.layer import layer
 from fam_jax.plan import make_plan
+from fam_jax.schedules import stack_layers, through_layers
 from fam_jax.sublayers import LayerParams, project
 from lime_jax import Mixer, make_mixer
 from lime_jax.depth import NO_DEPTH
@@ -55,8 +55,14 @@ def layer_states(
         lengths: Real tokens of each row, the rest being padding on the right: int32 [b]. None: all.
 
     Raises:
-        ValueError: See `Decoder.__call__`.
+        ValueError: See `Decoder.__call__`; or the memory is of a kind that has only the block schedule, which this does
+            not follow.
     """
+    if config.memory is not None and config.memory.block_schedule_only:
+        raise ValueError(
+            f"layer_states follows the layer schedule, which memory.kind={config.memory.kind!r} does not have; look "
+            "at a model of kind 'fam' or 'summary'"
+        )
     call = check_call(config, tokens, None, lengths, None, None, False)
     plan, layout = make_plan(config, call, key=None, rsp_valid=None)
     mixer = make_mixer(config.mixing, shape_of(config))
@@ -64,19 +70,19 @@ def layer_states(
     weights = {field.name: params["layers"].get(field.name) for field in dataclasses.fields(LayerParams)}
     params = {**params, "layers": LayerParams(**weights)}
 
-    def body(plan, carry, xs, depths):
+    def body(plan, carries, xs, depths):
         one, memory = xs
         depth = depths.get("tokens", NO_DEPTH)
-        x, _ = mixer.enter(one.params.mixing, carry, depth, 0)
+        x, _ = mixer.enter(one.params.mixing, carries["tokens"], depth, 0)
         held = {
             "hidden": x,
             "values": project(config, plain, one.params, x, NO_DEPTH)[2],
             "mixed": project(config, mixer, one.params, x, depth)[2],
         }
-        carry, _, _, slots = layer(config, mixer, one.params, carry, memory, one.inputs, plan, depths)
+        carries, _, _, slots = layer(config, mixer, one.params, carries, memory, one.inputs, plan, depths)
         if mixer.mixes_ff and mixer.per_layer == 2:
             held["ff_inputs"] = slots["tokens"][1]
-        return carry, slots, held
+        return carries, slots, held
 
     last, held = through_layers(
         config,
@@ -84,11 +90,11 @@ def layer_states(
         stack_layers(config, mixer, params),
         params.get("mixing", {}).get("final", {}),
         body,
-        embed_blocks(config, params, call.tokens, layout),
+        {"tokens": embed_blocks(config, params, call.tokens, layout)},
         call.state.layers,
         plan,
     )
-    held["hidden"] = jnp.concatenate([held["hidden"], last[None]])
+    held["hidden"] = jnp.concatenate([held["hidden"], last["tokens"][None]])
 
     def flat(states: Array) -> Array:
         """[l, b, n, w, ...] as [l, b, t, ...]: rows begin a document, so their tokens stand in order."""

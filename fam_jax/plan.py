@@ -34,6 +34,7 @@ class Plan:
         segments: Memory segments that belong to the same document.
         position: Absolute position of slot 0, float32. None with local positions.
         store: Random State Passing keeps row 0's FAM after this block: bool [n].
+        blocks: Complete blocks of the same document before this one, int32. None if only memory segments ask for it.
     """
 
     index: Array
@@ -46,6 +47,7 @@ class Plan:
     segments: Array
     position: Array | None
     store: Array
+    blocks: Array | None = None
 
     def per_block(self) -> "Plan":
         """Plans of one block each, stacked over a new leading axis."""
@@ -140,6 +142,7 @@ def make_plan(config: DecoderConfig, call: Call, *, key: Array | None, rsp_valid
         "shift": after(shift),
     }
     absolute = memory is not None and memory.positions == "absolute"
+    counted = memory is not None and (memory.fam_blocks > 1 or memory.kept_summaries > 0)
     storable = jnp.where(complete[0, :-1] & ~padded[0], number[:-1], -1)
     plan = Plan(
         index=number[:-1],
@@ -152,6 +155,7 @@ def make_plan(config: DecoderConfig, call: Call, *, key: Array | None, rsp_valid
         segments=jnp.minimum(blocks, config.segments)[:, :-1],
         position=(shift + blocks.astype(jnp.float32) * size)[:, :-1] if absolute else None,
         store=(storable == jnp.max(storable)) & (storable >= 0),
+        blocks=blocks[:, :-1] if counted else None,
     )
     source, target = _token_layout(plan, begin, time, size, width, call.aligned)
     return plan, Layout(source=source, target=target, counters=counters, overflow=(total > size) & (memory is None))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fam_jax.config import check_int
+from fam_jax.checks import check_int
 
 
 class Choice(NamedTuple):

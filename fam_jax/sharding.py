@@ -33,6 +33,7 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "embed": ("vocab", "embed"),
     "unembed": ("embed", "vocab"),
     "fam_prompt": (None, "embed"),
+    "fam_prefix": (None, None, "embed"),
     "final_norm": (None,),
     "attn_norm": (None,),
     "ff_norm": (None,),
@@ -332,8 +333,10 @@ def tree_shardings(rules: ShardingRules, mesh: Mesh, tree: Any, params: Any = No
 
     def one(path: tuple, leaf: Any) -> Any:
         if hasattr(leaf, "logical_axes"):
-            placed = {name: place(getattr(leaf, name), axes) for name, axes in leaf.logical_axes.items()}
-            return dataclasses.replace(leaf, **placed)
+            named = ((name, getattr(leaf, name), axes) for name, axes in leaf.logical_axes.items())
+            return dataclasses.replace(
+                leaf, **{name: place(part, axes) for name, part, axes in named if part is not None}
+            )
         names = tuple(_names(path))
         for start in range(len(names)):
             if names[start:] in known:

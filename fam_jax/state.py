@@ -15,13 +15,21 @@ from fam_jax.config import DecoderConfig
 
 
 class LayerMemory(NamedTuple):
-    """What one layer remembers; the fields of `StreamState` of the same names without the layer axis."""
+    """What one layer remembers; the fields of `StreamState` of the same names without the layer axis.
+
+    Of `summaries` there is one for all layers.
+    """
 
     segment_k: Array
     segment_v: Array
     open_k: Array
     open_v: Array
     fam: Array
+    fam_k: Array | None = None
+    fam_v: Array | None = None
+    output_k: Array | None = None
+    output_v: Array | None = None
+    summaries: Array | None = None
 
 
 @struct.dataclass
@@ -43,6 +51,14 @@ class StreamState:
         offset: Tokens in the open block: int32 [b].
         blocks: Complete blocks since the document began: int32 [b].
         shift: Random Position Offset of the row's document, in tokens: float32 [b].
+        fam_k: Keys of the FAM that entered the latest complete blocks, oldest first, if tokens see more than one FAM:
+            [l, b, fam_blocks - 1, f, g, k]. This and all that follows is None in a memory that has no use for it.
+        fam_v: Their values.
+        output_k: Keys that the layer makes of its own outputs in the open block, for Feedback Memory, whose segments
+            hold such keys: [l, b, c, g, k].
+        output_v: The values.
+        summaries: Outputs of the last layer at the memory rows of the latest complete blocks, oldest first, of RMT (one
+            block) and AutoCompressors (s): [b, s, f, d].
     """
 
     segment_k: Array
@@ -54,6 +70,11 @@ class StreamState:
     offset: Array
     blocks: Array
     shift: Array
+    fam_k: Array | None = None
+    fam_v: Array | None = None
+    output_k: Array | None = None
+    output_v: Array | None = None
+    summaries: Array | None = None
 
     # For `fam_jax.sharding`.
     logical_axes: ClassVar[dict[str, tuple[str | None, ...]]] = {
@@ -66,12 +87,24 @@ class StreamState:
         "offset": ("batch",),
         "blocks": ("batch",),
         "shift": ("batch",),
+        "fam_k": (None, "batch", None, None, "kv_heads", None),
+        "fam_v": (None, "batch", None, None, "kv_heads", None),
+        "output_k": (None, "batch", None, "kv_heads", None),
+        "output_v": (None, "batch", None, "kv_heads", None),
+        "summaries": ("batch", None, None, None),
     }
 
     @property
     def layers(self) -> LayerMemory:
-        """The part that belongs to layers, each field stacked over layers."""
-        return LayerMemory(self.segment_k, self.segment_v, self.open_k, self.open_v, self.fam)
+        """The part that belongs to layers, each field stacked over layers, and the summaries."""
+        return LayerMemory(**{name: getattr(self, name) for name in LayerMemory._fields})
+
+    def forget(self) -> "StreamState":
+        """With zeros for the FAM, or for what a rival carries in its place; segments stay. For controls."""
+        names = ("fam", "fam_k", "fam_v", "summaries")
+        return dataclasses.replace(
+            self, **{name: jnp.zeros_like(old) for name in names if (old := getattr(self, name)) is not None}
+        )
 
     def rows(self, indices: ArrayLike | slice) -> "StreamState":
         """The state of the given rows, in this order; repeat an index to ask one document many questions.
@@ -89,7 +122,9 @@ class StreamState:
                 raise ValueError(f"indices={indices!r} is not allowed; give a slice or a list of row numbers")
             if not isinstance(index, jax.core.Tracer) and bool(jnp.any((index < -rows) | (index >= rows))):
                 raise ValueError(f"indices={indices!r} is not allowed; the state has {rows} rows")
-        layers = LayerMemory(*(leaf[:, index] for leaf in self.layers))
+        layers = jax.tree.map(lambda leaf: leaf[:, index], self.layers._replace(summaries=None))
+        if self.summaries is not None:
+            layers = layers._replace(summaries=self.summaries[index])
         return dataclasses.replace(
             self,
             **layers._asdict(),
@@ -153,6 +188,15 @@ def init_state(config: DecoderConfig, batch: int, max_length: int | None = None)
     keys = (capacity, config.num_kv_heads, config.head_dim)
     open_shape = (config.num_layers, batch, *keys)
     segment_shape = (config.num_layers, batch, config.segments, *keys)
+    memory, rest = config.memory, dict[str, tuple[int, ...]]()
+    if memory is not None and memory.fam_blocks > 1:
+        rest = dict.fromkeys(("fam_k", "fam_v"), (memory.fam_blocks - 1, memory.rows, *keys[1:]))
+    if memory is not None and memory.kind == "feedback":
+        rest = dict.fromkeys(("output_k", "output_v"), (memory.block_size, *keys[1:]))
+    more = {name: jnp.zeros((config.num_layers, batch, *shape), config.dtype) for name, shape in rest.items()}
+    if memory is not None and memory.kept_summaries:
+        shape = (batch, memory.kept_summaries, memory.fam_length, config.d_model)
+        more["summaries"] = jnp.zeros(shape, config.dtype)
     # A FAM-less model has a FAM of no rows: the same code and the same tree serve both.
     fam_shape = (config.num_layers, batch, config.fam_length, config.d_model)
     return StreamState(
@@ -165,6 +209,7 @@ def init_state(config: DecoderConfig, batch: int, max_length: int | None = None)
         offset=jnp.zeros((batch,), jnp.int32),
         blocks=jnp.zeros((batch,), jnp.int32),
         shift=jnp.zeros((batch,), jnp.float32),
+        **more,
     )
 
 
@@ -176,7 +221,11 @@ def check_state(config: DecoderConfig, state: StreamState, batch: int) -> None:
     expected = jax.eval_shape(lambda: init_state(config, batch, capacity))
     for field, want in expected.__dict__.items():
         have = getattr(state, field)
-        if getattr(have, "shape", None) != want.shape or have.dtype != want.dtype:
+        if want is None and have is not None:
+            raise ValueError(
+                f"state.{field} is {describe(have)}, but this model's memory has none; pass the state of that config"
+            )
+        if want is not None and (getattr(have, "shape", None) != want.shape or have.dtype != want.dtype):
             raise ValueError(
                 f"state.{field} is {describe(have)}, but this model and {batch} rows of tokens need "
                 f"{describe(want)}; pass the state of the same config and batch"

@@ -139,6 +139,12 @@ def project(
     return q, k, v, depth
 
 
+def attention_output(config: DecoderConfig, params: LayerParams, attended: Array) -> Array:
+    """What attention adds to the residual stream [..., d], from its result per head [..., h, k]."""
+    y = product("...hk,hkd->...d", checkpoint_name(attended, ATTENDED), params.wo, params.lora, "wo")
+    return y if params.attn_post_norm is None else rms_norm(y, params.attn_post_norm, config.norm_eps)
+
+
 def finish(
     config: DecoderConfig,
     mixer: Mixer,
@@ -164,9 +170,7 @@ def finish(
     Returns:
         What goes to the next layer, and the depth with what this layer lets later ones read.
     """
-    y = product("...hk,hkd->...d", checkpoint_name(attended, ATTENDED), params.wo, params.lora, "wo")
-    if params.attn_post_norm is not None:
-        y = rms_norm(y, params.attn_post_norm, config.norm_eps)
+    y = attention_output(config, params, attended)
     if params.ff_norm is None:
         scale = params.attn_norm
     else:

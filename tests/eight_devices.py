@@ -60,6 +60,21 @@ MODELS = {
         PLAIN, memory=MEMORY, mixing=LimeConfig("dynamic_views"), lora=LoraConfig(rank=4, alpha=8, dropout=0.2)
     ),
     "FAM with streams": dataclasses.replace(PLAIN, memory=MEMORY, mixing=HyperConnectionsConfig()),
+    "static summaries, three seen": dataclasses.replace(
+        PLAIN, memory=dataclasses.replace(MEMORY, kind="summary", fam_blocks=3), remat="full"
+    ),
+    "one layer with a FAM from a prefix": dataclasses.replace(
+        PLAIN, memory=dataclasses.replace(MEMORY, layers=(1,), fam_init="prefix", fam_ff=False)
+    ),
+    "Feedback Memory": dataclasses.replace(
+        PLAIN, memory=MemoryConfig(block_size=8, segments=2, kind="feedback"), schedule="block"
+    ),
+    "AutoCompressors": dataclasses.replace(
+        PLAIN,
+        memory=MemoryConfig(block_size=8, fam_length=2, kind="autocompressor", summaries=3),
+        schedule="block",
+        remat="full",
+    ),
 }
 MESHES = {
     "dp": ("dp", MeshConfig(data=8, fsdp=1)),
@@ -148,6 +163,7 @@ FAST = {
     ("FAM with LIMe", "fsdp"),
     ("FAM with LIMe", "fsdp_tp x sequence"),
     ("FAM, many segments", "sequence"),
+    ("static summaries, three seen", "fsdp_tp x sequence"),
 }
 
 
@@ -159,6 +175,10 @@ OTHERS = {
     "FAM, one key head, block schedule": ["fsdp_tp", "tensor 4"],
     "FAM with LoRA": ["fsdp_tp", "fsdp_tp x sequence"],
     "FAM with streams": ["fsdp_tp", "fsdp_tp x sequence"],
+    "static summaries, three seen": ["sequence", "fsdp_tp x sequence"],
+    "one layer with a FAM from a prefix": ["fsdp_tp x sequence"],
+    "Feedback Memory": ["fsdp_tp"],
+    "AutoCompressors": ["fsdp_tp"],
 }
 
 

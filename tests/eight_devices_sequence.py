@@ -40,7 +40,7 @@ def read(config, mesh, lengths):
             **kwargs,
         )
         real = jnp.arange(64) < jnp.asarray(lengths)[:, None]
-        memory = sum(jnp.sum(jnp.square(leaf)) for leaf in second.state.layers)
+        memory = sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(second.state.layers))
         return first.losses.nll.mean() + (second.losses.nll * real).mean() + 1e-3 * memory, (second.state, second.rsp)
 
     def create():

@@ -282,7 +282,7 @@ def random_params(config: DecoderConfig, seed: int = 0) -> Any:
         normal = rng.standard_normal(leaf.shape)
         if name.endswith("norm"):
             value = 1.0 + 0.3 * normal
-        elif name in ("embed", "fam_prompt"):
+        elif name in ("embed", "fam_prompt", "fam_prefix"):
             value = normal
         else:
             axis = max(-2, -leaf.ndim) if leaf.ndim < 4 else 1

@@ -8,6 +8,7 @@ from reference import SIZES, decoder_config, fam_config
 
 from fam_jax import DecoderConfig, MemoryConfig
 from fam_jax.rope import RopeScaling
+from lime_jax import LimeConfig
 
 NAN = float("nan")
 
@@ -43,6 +44,44 @@ BAD_MEMORY = [
     ("rsp", NAN, {"fam_length": 2}),
     ("rpo", True, {"positions": "local", "fam_length": 2}),
     ("rpo", "yes", {"positions": "absolute", "fam_length": 2}),
+    ("kind", "lstm", {"fam_length": 2}),
+    ("fam_ff", "no", {"fam_length": 2}),
+    ("fam_ff", False, {}),  # without a FAM, as those below
+    ("fam_init", "zeros", {"fam_length": 2}),
+    ("fam_init", "prefix", {}),
+    ("fam_blocks", 0, {"fam_length": 2}),
+    ("fam_blocks", 2.5, {"fam_length": 2}),
+    ("fam_blocks", 2, {}),
+    ("fam_blocks", 2, {"fam_length": 2, "positions": "absolute", "prompt_positions": "pinned"}),
+    ("layers", (0, 0), {"fam_length": 2}),
+    ("layers", (1, 0), {"fam_length": 2}),
+    ("layers", (-1,), {"fam_length": 2}),
+    ("layers", (), {"fam_length": 2}),
+    ("layers", [1], {"fam_length": 2}),
+    ("layers", (0,), {}),
+    ("summaries", 0, {"fam_length": 2, "kind": "autocompressor"}),
+    ("summaries", 3, {"fam_length": 2, "kind": "rmt"}),
+    ("fam_length", 2, {"kind": "feedback"}),
+    ("segments", 0, {"kind": "feedback"}),
+    *(("fam_length", 0, {"kind": kind}) for kind in ("summary", "rmt", "autocompressor")),
+    ("first_residual", "fam", {"kind": "summary", "fam_length": 2}),
+    *(
+        (field, value, {"kind": kind, "fam_length": 0 if kind == "feedback" else 2, "positions": "absolute"})
+        for kind in ("feedback", "rmt", "autocompressor")
+        for field, value in {
+            "fam_positions": "zero",
+            "fam_query": "old",
+            "prompt_positions": "pinned",
+            "first_residual": "fam",
+            "clip": 1.0,
+            "noise": 0.1,
+            "rsp": 0.5,
+            "fam_ff": False,
+            "fam_init": "prefix",
+            "fam_blocks": 2,
+            "layers": (0,),
+        }.items()
+    ),
 ]
 
 BAD_DECODER = [
@@ -97,6 +136,28 @@ def test_bad_decoder_config(field, value):
     with pytest.raises(ValueError, match=field) as caught:
         DecoderConfig(**{**SIZES, field: value})
     assert str(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["feedback", "rmt", "autocompressor"])
+def test_kinds_that_need_the_block_schedule(kind):
+    memory = MemoryConfig(block_size=4, kind=kind, fam_length=0 if kind == "feedback" else 2)
+    with pytest.raises(ValueError, match=f"schedule='layer' is not possible with memory.kind='{kind}'.*to 'block'"):
+        DecoderConfig(**SIZES, memory=memory)
+    DecoderConfig(**SIZES, memory=memory, schedule="block")
+
+
+@pytest.mark.parametrize(
+    ("memory", "mixing", "message"),
+    [
+        ({"kind": "feedback"}, LimeConfig(), r"mixing=.* is not possible with memory.kind='feedback'"),
+        ({"kind": "summary", "fam_length": 2}, LimeConfig(), r"mixing=.* is not possible with memory.kind='summary'"),
+        ({"fam_length": 2, "layers": (0, 2)}, None, r"memory.layers=\(0, 2\) .* layers 0 to 1"),
+        ({"fam_length": 2, "layers": (1,)}, LimeConfig(), r"memory.layers=\(1,\) is not possible with mixing="),
+    ],
+)
+def test_memories_that_do_not_fit_the_decoder(memory, mixing, message):
+    with pytest.raises(ValueError, match=message):
+        DecoderConfig(**SIZES, memory=MemoryConfig(block_size=4, **memory), mixing=mixing, schedule="block")
 
 
 def test_every_field_is_tried():

@@ -121,6 +121,9 @@ MEMORIES = {
     "FAM": MemoryConfig(block_size=16, segments=1, fam_length=4),
     "FAM, no segments": MemoryConfig(block_size=16, segments=0, fam_length=16),
     "window": MemoryConfig(block_size=16, segments=3, fam_length=4, window=20),
+    "FAM without feed-forward, from a prefix, three seen": MemoryConfig(
+        block_size=16, fam_length=4, fam_ff=False, fam_init="prefix", fam_blocks=3
+    ),
 }
 MIXINGS = {
     "static_kv": LimeConfig(),
@@ -221,6 +224,30 @@ def test_useful_mixing_counts_what_a_router_may_read():
 def test_mixing_without_a_formula(mixing):
     with pytest.raises(ValueError, match=r"dynamic_views|DenseFormerConfig"):
         flops.forward_flops(dataclasses.replace(presets.tiny(), mixing=mixing), 1, 16)
+
+
+@pytest.mark.parametrize("kind", ["feedback", "summary", "rmt", "autocompressor"])
+def test_memory_without_a_formula(kind):
+    memory = MemoryConfig(block_size=16, kind=kind, fam_length=0 if kind == "feedback" else 4)
+    config = dataclasses.replace(presets.tiny(), memory=memory, schedule="layer" if kind == "summary" else "block")
+    with pytest.raises(ValueError, match=f"memory.kind='{kind}' has no formula"):
+        flops.forward_flops(config, 1, 16)
+    assert flops.step_flops(config, True, 2, 64) is None
+    assert counted(config, 1, 32) > 0
+
+
+def test_useful_operations_of_variants_by_hand():
+    """Two blocks of 4 and a token: tokens see 1, 2 and 2 FAM; one layer of two has one; no feed-forward, no prompt."""
+    memory = MemoryConfig(
+        block_size=4, segments=0, fam_length=2, fam_blocks=2, layers=(1,), fam_ff=False, fam_init="prefix"
+    )
+    config = DecoderConfig(
+        vocab_size=7, num_layers=2, d_model=6, num_heads=2, num_kv_heads=1, head_dim=4, d_ff=5, memory=memory
+    )
+    attention, ff = 6 * 2 * 4 * 2 + 6 * 4 * 2, 3 * 6 * 5
+    tokens = 2 * (2 * (attention + ff) * 9 + 32 * (10 + 10 + 1))
+    fam = 2 * attention * 2 * 2 + 32 * (2 * (4 * 1 + 4 * 2 + 1 * 2) + 2 * 2 * (2 + 4))
+    assert flops.forward_flops(config, 1, 9, useful=True) == tokens + fam + 2 * 6 * 7 * 9
 
 
 def test_remat_and_gradient_of_the_decoder():

@@ -14,7 +14,13 @@ from lime_jax import (
     LimeConfig,
 )
 
-MEMORIES = {"full": None, "bswa": {"segments": 1}, "fam": FAM}
+MEMORIES = {
+    "full": None,
+    "bswa": {"segments": 1},
+    "fam": FAM,
+    "variants": {**FAM, "fam_init": "prefix", "fam_blocks": 2, "fam_ff": False, "layers": (1,)},
+    "summary": {**FAM, "kind": "summary"},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +53,12 @@ def test_states_are_those_of_the_decoder(mixing, memory):
         np.testing.assert_array_equal(got.mixed, got.values)
     if not isinstance(mixing, HyperConnectionsConfig):  # whose streams a layer reads by weights
         np.testing.assert_array_equal(got.hidden[0], np.asarray(params_of(config)["embed"])[tokens])
+
+
+def test_memories_that_have_only_the_block_schedule_are_refused():
+    config = decoder_config({"kind": "feedback"}, schedule="block")
+    with pytest.raises(ValueError, match=r"the layer schedule, which memory.kind='feedback' does not have"):
+        states_of(config, some_tokens(2, B))
 
 
 def test_states_do_not_depend_on_padding_or_on_the_form_of_the_model():

@@ -63,7 +63,8 @@ def parameters(**changes):
 def test_every_parameter_is_decayed_or_not():
     names = set()
     more = {"attention_bias": True, "post_norms": True, "lora": LoraConfig(2)}
-    for changes in ({}, {"tie_embeddings": False}, {"parallel_block": True}, {"qk_norm": True}, more):
+    prefix = {"memory": dataclasses.replace(MODEL.memory, fam_init="prefix")}
+    for changes in ({}, {"tie_embeddings": False}, {"parallel_block": True}, {"qk_norm": True}, more, prefix):
         leaves = jax.tree_util.tree_leaves_with_path(decay_mask(parameters(**changes)))
         names |= {path[-1].key for path, _ in leaves}
         for path, decayed in leaves:

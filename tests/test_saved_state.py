@@ -17,12 +17,17 @@ from experiments.checkpoint import load_model
 from experiments.data import load_tokenizer
 from experiments.saved_state import load_state, origin, save_state
 from experiments.stored import find_checkpoint
+from fam_jax import MemoryConfig
 
 KINDS = {
     "fam": (tiny_run.FAM, {}),
     "window": (tiny_run.BSWA, {}),
     "full": (None, {}),
     "bfloat16": (tiny_run.FAM, {"dtype": "bfloat16"}),
+    "autocompressor": (
+        MemoryConfig(block_size=8, fam_length=2, kind="autocompressor", summaries=3),
+        {"schedule": "block"},
+    ),
 }
 TEXT = "The ship is called Marigold.\n" * 4
 
@@ -68,7 +73,7 @@ def test_a_loaded_state_goes_on_bit_for_bit(memory, model, tmp_path, monkeypatch
     for one, other in zip(jax.tree.leaves(straight.state), jax.tree.leaves(later.state), strict=True):
         assert one.dtype == other.dtype
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
-    if model:
+    if "dtype" in model:
         assert straight.state.fam.dtype == model["dtype"]
     assert [path.name for path in file.parent.iterdir()] == ["state"]
     code, out, err = main(

@@ -163,10 +163,10 @@ def load(
             lambda: {name: _flat(model.init(key, tokens)["params"])[name] for name in new}, out_shardings=new
         )
         found |= init()
-    prompt = ("fam_prompt",)
-    if prompt in new:
+    for prompt in new.keys() & {("fam_prompt",), ("fam_prefix",)}:
+        token = prompt_token if prompt == ("fam_prompt",) else None
         place = found[prompt].sharding
-        found[prompt] = jax.device_put(new_prompt(found[prompt], found["embed",], prompt_token), place)
+        found[prompt] = jax.device_put(new_prompt(found[prompt], found["embed",], token), place)
     return config, jax.tree_util.tree_map_with_path(lambda path, _: found[_name(path)], shapes)
 
 

@@ -77,7 +77,8 @@ def _checked(
     table = weights(config, theirs)
     names = {("layers", name) for name in params["layers"]} | {(name,) for name in params if name != "layers"}
     if more := sorted(names - table.keys()):
-        advice = {"fam_prompt": "a FAM", "mixing": "a layer mixer", "lora": "LoRA, to be merged before"}
+        advice = {"mixing": "a layer mixer", "lora": "LoRA, to be merged before"}
+        advice |= dict.fromkeys(("fam_prompt", "fam_prefix"), "a FAM")
         what = advice.get(more[0][0], "a parameter")
         raise ValueError(f"the model has {what} ({'.'.join(more[0])}), which Hugging Face's models do not have")
     return table
