@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import tyro
 
@@ -26,6 +28,19 @@ from experiments.train import NonFiniteError, train
 from experiments.typed import from_json, to_json
 
 SEEDS = (0, 1, 2)
+# The fields of a config that a run's result depends on.
+DECIDES = (
+    "model",
+    "data",
+    "optim",
+    "steps",
+    "seed",
+    "init_from",
+    "prompt_token",
+    "train_mixing",
+    "accumulate",
+    "z_loss",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +55,8 @@ class Options:
         seeds: Of the parameters and of the data.
         arms: Only these. None: all.
         work_dir: Folder of the runs.
-        output: Folder of the result files and the plot.
+        output: Folder of the result files and the plot; with --list, those that are counted. None: `results` in
+            `work_dir`, with --list those that come with the code.
     """
 
     row: tyro.conf.Positional[str | None] = None
@@ -50,7 +66,12 @@ class Options:
     seeds: tuple[int, ...] = SEEDS
     arms: tuple[str, ...] | None = None
     work_dir: Path = Path("runs")
-    output: Path = results.DIRECTORY
+    output: Path | None = None
+
+    @property
+    def results(self) -> Path:
+        """Folder of the result files."""
+        return self.output or (results.DIRECTORY if self.list else self.work_dir / "results")
 
 
 def load(name: str) -> ModuleType:
@@ -127,11 +148,11 @@ def run(name: str, options: Options) -> tuple[results.Result, Path]:
         CheckpointError, NonFiniteError, BusyError: as `experiments.train.train`.
     """
     wanted = configs(name, options)
-    results.make_directory(options.output)
-    evaluation = load(name).evaluation(options.size)
+    results.make_directory(options.results)
     for number, ((arm, seed), config) in enumerate(wanted.items(), 1):
-        file = place(name, options.size, arm, seed, options.output)
+        file = place(name, options.size, arm, seed, options.results)
         if file.exists():
+            print(f"{name}, run {number} of {len(wanted)}: {arm}, seed {seed} is measured, in {file}")
             continue
         print(f"{name}, run {number} of {len(wanted)}: {arm}, seed {seed}")
         trained = train(config)
@@ -140,13 +161,11 @@ def run(name: str, options: Options) -> tuple[results.Result, Path]:
         steps = None
         if isinstance(config.data, QuestionData):
             steps = (*range(config.checkpoint_every, config.steps, config.checkpoint_every), config.steps)
-        memory = config.model.memory
-        rows = memory is not None and memory.fam_length > 0
-        settings = {**evaluation, "zero_memory": rows and evaluation.get("zero_memory", False)}
+        settings = _evaluation(name, options.size, config)
         evaluate.run(evaluate.Options(config.directory, name=file.stem, output=file.parent, steps=steps, **settings))
-    result = combined(name, options.size, wanted, options.output)
+    result = combined(name, options.size, wanted, options.results)
     assert result is not None
-    return result, report.plot(result, options.output / f"{result.name}.png")
+    return result, report.plot(result, options.results / f"{result.name}.png")
 
 
 def place(name: str, size: str, arm: str, seed: int, output: Path) -> Path:
@@ -167,7 +186,7 @@ def combined(
         file = place(name, size, arm, seed, output)
         if file.exists():
             measured[arm, seed] = results.read(file)
-            if not _is_of(config, measured[arm, seed]):
+            if not _is_of(config, _evaluation(name, size, config), measured[arm, seed]):
                 raise ValueError(f"{file} was measured with other settings than {arm} has now; move it away")
     if not measured:
         return None
@@ -182,11 +201,22 @@ def combined(
     )
 
 
-def _is_of(config: TrainConfig, result: results.Result) -> bool:
-    """Whether a result is that of a config, wherever the run's files are."""
+def _evaluation(name: str, size: str, config: TrainConfig) -> dict[str, Any]:
+    """How an arm is measured: without the controls of a FAM if it has none."""
+    memory = config.model.memory
+    rows = memory is not None and memory.fam_length > 0
+    given = load(name).evaluation(size)
+    return {field: value for field, value in given.items() if rows or field not in ("zero_memory", "reset_memory")}
+
+
+def _is_of(config: TrainConfig, evaluation: Mapping[str, Any], result: results.Result) -> bool:
+    """Whether a result is that of a config and its evaluation, wherever the run's files are."""
     now = to_json(config)
     then = to_json(from_json(result.config["train"], TrainConfig))  # settings that are newer have their defaults
-    return all(now[field] == then[field] for field in ("model", "data", "optim", "steps", "seed"))
+    told = result.config["evaluate"]
+    return all(now[field] == then[field] for field in DECIDES) and all(
+        json.loads(json.dumps(value)) == told.get(field) for field, value in evaluation.items()
+    )
 
 
 def overview(output: Path) -> str:
@@ -207,7 +237,7 @@ def main() -> int:
     options = tyro.cli(Options, prog="python -m experiments.ablate", description=__doc__)
     try:
         if options.list:
-            print(overview(options.output))
+            print(overview(options.results))
             return 0
         for name in chosen(options):
             result, figure = run(name, options)

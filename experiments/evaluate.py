@@ -59,6 +59,7 @@ class Options:
         trials: For passkey, pairs, tracking and babi: samples per length.
         depth: For passkey: where the key stands. None: as in training, and uniform if that mixes both.
         zero_memory: For all but answers: measure also with the FAM set to zero after every block.
+        reset_memory: For all but answers: measure also with the FAM set after every block to what it starts from.
         seed: For passkey, pairs, tracking and babi: of the samples.
         steps: For answers: the checkpoints of these steps of the run. None: the latest only.
         mesh: How the devices are used, as in training.
@@ -78,16 +79,17 @@ class Options:
     trials: int = 500
     depth: Literal["uniform", "first"] | None = None
     zero_memory: bool = False
+    reset_memory: bool = False
     seed: int = 0
     steps: tuple[int, ...] | None = None
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     distributed: Processes = dataclasses.field(default_factory=Processes)
 
 
-_RECALL = {"chunk", "lengths", "trials", "zero_memory", "seed"}
+_RECALL = {"chunk", "lengths", "trials", "zero_memory", "reset_memory", "seed"}
 # Of the options, those that only some tasks read. One that is given to another would be ignored.
 _READ_BY = {
-    "loss-by-position": {"chunk", "source", "documents", "max_tokens", "zero_memory"},
+    "loss-by-position": {"chunk", "source", "documents", "max_tokens", "zero_memory", "reset_memory"},
     "passkey": {"depth", *_RECALL},
     "pairs": _RECALL,
     "tracking": _RECALL,
@@ -174,6 +176,11 @@ def main() -> int:
     return distributed.run_joined(options.distributed, measure, (CheckpointError,))
 
 
+def _controls(options: Options) -> tuple[str | None, ...]:
+    """Without a control, and with those that are asked for."""
+    return (None, *["zeroed"] * options.zero_memory, *["reset"] * options.reset_memory)
+
+
 def _warn_rows(options: Options, config: TrainConfig, mesh: Mesh) -> None:
     """Says so if devices do the same work."""
     rows = math.prod(mesh.shape[axis] for axis in config.model.sharding.batch)
@@ -251,7 +258,7 @@ def _recall(options: Options, model: Decoder, variables: Any, config: TrainConfi
     levels = options.lengths or (*settings.levels, *(hardest * times for times in (2, 4, 14)))
     curves = []
     for part, measured in settings.parts().items():
-        for zeroed in (False, True) if options.zero_memory else (False,):
+        for control in _controls(options):
             curve = recall_accuracy(
                 model,
                 variables,
@@ -260,10 +267,10 @@ def _recall(options: Options, model: Decoder, variables: Any, config: TrainConfi
                 trials=options.trials,
                 batch_size=options.batch_size,
                 seed=options.seed,
-                zero_memory=zeroed,
+                control=control,
                 chunk=options.chunk,
             )
-            label = f"{config.name}{part}, memory zeroed" if zeroed else f"{config.name}{part}"
+            label = f"{config.name}{part}, memory {control}" if control else f"{config.name}{part}"
             curves.append({"label": label, "seed": config.seed, **more, **curve})
     marks = [{"x": hardest, "label": "longest trained" if settings.counted == "blocks" else "most trained"}]
     return {"curves": curves, "marks": marks}, manifest, [config.seed, options.seed]
@@ -288,16 +295,16 @@ def _documents(options: Options, model: Decoder, variables: Any, config: TrainCo
     chosen = [found[i] for i in range(min(len(found), options.documents or len(found)))]
     names = {"documents": [document.name for document in chosen]}
     curves = []
-    for zeroed in (False, True) if options.zero_memory else (False,):
+    for control in _controls(options):
         curve = loss_by_position(
             model,
             variables,
             [document.tokens[: options.max_tokens] for document in chosen],
             batch_size=options.batch_size,
             chunk=options.chunk,
-            zero_memory=zeroed,
+            control=control,
         )
-        label = f"{config.name}, memory zeroed" if zeroed else config.name
+        label = f"{config.name}, memory {control}" if control else config.name
         curves.append({"label": label, "seed": config.seed, **curve, **names})
     return {"curves": curves}, manifest, [config.seed]
 

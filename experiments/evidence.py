@@ -65,7 +65,7 @@ def measured(name: str, output: Path) -> dict[str, results.Result]:
     """What is measured of a row, by size."""
     found = {}
     for size in ablate.load(name).SIZES:
-        options = ablate.Options(size=size, seeds=ablate.SEEDS, output=output)
+        options = ablate.Options(size=size)
         result = ablate.combined(name, size, ablate.configs(name, options, checked=False), output)
         if result is not None:
             found[size] = result

@@ -7,7 +7,7 @@ Answers are written freely, token by token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,14 @@ from fam_jax.loss import TokenLosses
 _EVALUATION = 0x6576616C
 
 
+# What is done to a state after every block, so that nothing passes from block to block through the FAM: it is zero, or
+# as at a text's beginning, so that what its rows do besides remembering stays.
+CONTROLS: dict[str, Callable[[StreamState], StreamState]] = {
+    "zeroed": StreamState.forget,
+    "reset": StreamState.restart,
+}
+
+
 def loss_by_position(
     model: Decoder,
     variables: Any,
@@ -37,7 +45,7 @@ def loss_by_position(
     batch_size: int = 8,
     chunk: int = 512,
     edges: Sequence[int] | None = None,
-    zero_memory: bool = False,
+    control: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Mean loss of the tokens of whole documents by their place in the document.
@@ -50,7 +58,7 @@ def loss_by_position(
         chunk: Tokens of a row per step, rounded up to whole blocks.
         edges: Rising upper edges of the bins of positions, counted from 1; positions beyond the last are left
             out. None: doubling, from the block size (64 with full attention) to the longest document.
-        zero_memory: The control: the FAM is set to zero after every block, so nothing passes through it.
+        control: See CONTROLS; None measures the model as it is.
         progress: Show a progress bar.
 
     Returns:
@@ -63,7 +71,7 @@ def loss_by_position(
             FAM to zero.
     """
     check_positive(batch_size=batch_size, chunk=chunk)
-    _check_zero(model, zero_memory)
+    _check_control(model, control)
     vocab = model.config.vocab_size
     texts = [check_ids(text, vocab, f"document {i}") for i, text in enumerate(documents)]
     longest = max(map(len, texts), default=0)
@@ -84,7 +92,7 @@ def loss_by_position(
             ids = np.zeros((batch_size, lengths.max()), np.int32)
             for row, index in enumerate(group):
                 ids[row, : lengths[row]] = texts[index]
-            for start, nll, _ in _read_in_chunks(model, variables, ids[:, :-1], ids[:, 1:], size, zero_memory):
+            for start, nll, _ in _read_in_chunks(model, variables, ids[:, :-1], ids[:, 1:], size, control):
                 position = np.arange(start + 2, start + nll.shape[1] + 2)  # of the target, counted from 1
                 real = position <= lengths[:, None]
                 where = np.broadcast_to(np.searchsorted(bins, position), nll.shape)[real]
@@ -112,7 +120,7 @@ def recall_accuracy(
     trials: int = 500,
     batch_size: int = 50,
     seed: int = 0,
-    zero_memory: bool = False,
+    control: str | None = None,
     chunk: int = 512,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -129,8 +137,7 @@ def recall_accuracy(
         trials: Samples per level.
         batch_size: Samples read side by side.
         seed: Of the samples, which do not depend on the other levels or on the model.
-        zero_memory: The control: the FAM is set to zero after every block, so nothing passes through it. The
-            model's memory segments stay.
+        control: See CONTROLS; None measures the model as it is. Memory segments stay.
         chunk: Tokens of a row per step, rounded up to whole blocks.
         progress: Show a progress bar.
 
@@ -149,7 +156,7 @@ def recall_accuracy(
             f"the model's vocab_size={model.config.vocab_size} is too small for the {config.title} task, which has "
             f"{task.tokenizer.vocab_size} ids; evaluate a model that was trained on it"
         )
-    _check_zero(model, zero_memory)
+    _check_control(model, control)
     if not levels:
         raise ValueError(f"{config.counted}={list(levels)}: give at least one")
     config.check_levels(levels)
@@ -165,7 +172,7 @@ def recall_accuracy(
                 batch = task.sample(rng, batch_size, level)
                 good = np.ones(batch_size, bool)
                 for start, _, hit in _read_in_chunks(
-                    model, variables, batch["tokens"], batch["targets"], size, zero_memory
+                    model, variables, batch["tokens"], batch["targets"], size, control
                 ):
                     asked = batch["weights"][:, start : start + hit.shape[1]] > 0
                     good &= (hit | ~asked).all(1)
@@ -246,7 +253,7 @@ def _read_in_chunks(
     tokens: np.ndarray,
     targets: np.ndarray,
     size: int,
-    zero_memory: bool = False,
+    control: str | None = None,
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Reads rows from their beginning, `size` tokens a step.
 
@@ -256,7 +263,7 @@ def _read_in_chunks(
         tokens: int32 [b, t].
         targets: The token after each: int32 [b, t].
         size: Tokens per step, whole blocks.
-        zero_memory: Set the FAM to zero after every block.
+        control: See CONTROLS.
 
     Yields:
         The column of the first of the step's tokens, and of each [b, up to size] the loss in nats and whether
@@ -270,14 +277,14 @@ def _read_in_chunks(
         # Padding only ever follows the text, so nothing that counts reads it.
         fill = ((0, 0), (0, size - width))
         pieces = (np.pad(array[:, start : start + width], fill) for array in (tokens, targets))
-        nll, hit, state = _read(model, zero_memory, variables, state, *pieces)
+        nll, hit, state = _read(model, control, variables, state, *pieces)
         nll, hit = to_host((nll, hit))
         yield start, nll[:, :width], hit[:, :width]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _read(
-    model: Decoder, zero_memory: bool, variables: Any, state: StreamState, tokens: Array, targets: Array
+    model: Decoder, control: str | None, variables: Any, state: StreamState, tokens: Array, targets: Array
 ) -> tuple[Array, Array, StreamState]:
     """Reads whole blocks from a block's beginning on: loss and hit of each target [b, t], and the state."""
     aligned = model.config.memory is not None
@@ -288,9 +295,9 @@ def _read(
 
     def forget(state: StreamState, block: tuple[Array, Array]) -> tuple[StreamState, TokenLosses]:
         state, losses = apply(state, *block)
-        return state.forget(), losses
+        return state if control is None else CONTROLS[control](state), losses
 
-    if zero_memory:
+    if control:
         rows = tokens.shape[0]
         in_blocks, their_targets = (
             jnp.moveaxis(ids.reshape(rows, -1, _block(model)), 1, 0) for ids in (tokens, targets)
@@ -302,11 +309,15 @@ def _read(
     return losses.nll, losses.hit, as_before(model, state)
 
 
-def _check_zero(model: Decoder, zero_memory: bool) -> None:
-    """Raises a ValueError if a FAM is to be zeroed and there is none."""
+def _check_control(model: Decoder, control: str | None) -> None:
+    """Raises a ValueError if there is no such control, or no memory that it acts on."""
     memory = model.config.memory
-    if zero_memory and not (memory and memory.fam_length):
-        raise ValueError("zero_memory=True, but this model has no FAM (fam_length=0); leave it out")
+    if control is None:
+        return
+    if control not in CONTROLS:
+        raise ValueError(f"control={control!r} is not known; there are {', '.join(CONTROLS)}, or None")
+    if not (memory and memory.fam_length):
+        raise ValueError(f"control={control!r}, but this model has no FAM (fam_length=0); leave it out")
 
 
 def _block(model: Decoder) -> int:

@@ -120,7 +120,7 @@ def measure_passkey(options: Options, models: dict[str, Part]) -> results.Result
     lengths = [longest * times for times in ((1, 2) if options.smoke else (1, 4, 14))]
     curves = []
     for label, result in trained.items():
-        for zeroed in (False, True) if result.config.model.fam_length else (False,):
+        for control in (None, "zeroed") if result.config.model.fam_length else (None,):
             curve = recall_accuracy(
                 result.model,
                 result.variables,
@@ -128,9 +128,9 @@ def measure_passkey(options: Options, models: dict[str, Part]) -> results.Result
                 lengths,
                 trials=10 if options.smoke else 200,
                 batch_size=10 if options.smoke else 50,
-                zero_memory=zeroed,
+                control=control,
             )
-            name = f"{label}, memory zeroed" if zeroed else label
+            name = f"{label}, memory zeroed" if control else label
             curves.append({"label": name, "seed": result.config.seed, "steps": result.step, **curve})
     return results.make(
         "passkey",

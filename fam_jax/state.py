@@ -106,6 +106,10 @@ class StreamState:
             self, **{name: jnp.zeros_like(old) for name in names if (old := getattr(self, name)) is not None}
         )
 
+    def restart(self) -> "StreamState":
+        """With the FAM as at a text's beginning; segments and positions stay. For controls."""
+        return dataclasses.replace(self, fresh=jnp.ones_like(self.fresh))
+
     def rows(self, indices: ArrayLike | slice) -> "StreamState":
         """The state of the given rows, in this order; repeat an index to ask one document many questions.
 

@@ -160,9 +160,9 @@ def test_samples_depend_on_the_seed_and_not_on_other_lengths():
     assert correct(11, 11)[0] == correct(11, chunk=24)[0]
 
 
-def read(model, variables, tokens, zero_memory=False, size=16):
+def read(model, variables, tokens, control=None, size=16):
     """Losses of whole rows [b, t - 1]."""
-    steps = measures._read_in_chunks(model, variables, tokens[:, :-1], tokens[:, 1:], size, zero_memory)
+    steps = measures._read_in_chunks(model, variables, tokens[:, :-1], tokens[:, 1:], size, control)
     return np.concatenate([nll for _, nll, _ in steps], axis=1)
 
 
@@ -174,27 +174,28 @@ def test_zeroed_memory_is_a_loop_that_zeroes_the_fam_after_every_block():
         out = apply(model, variables, tokens[:, start : start + 8], state)
         state = out.state.replace(fam=np.zeros_like(out.state.fam))
         losses.append(losses_of(out.logits, tokens[:, start + 1 : start + 9]))
-    zeroed = read(model, variables, tokens, zero_memory=True)
+    zeroed = read(model, variables, tokens, control="zeroed")
     np.testing.assert_allclose(zeroed, np.concatenate(losses, axis=1), rtol=2e-5, atol=2e-5)
     kept = read(model, variables, tokens)
     np.testing.assert_allclose(zeroed[:, :8], kept[:, :8], rtol=2e-5)
     assert np.abs(zeroed - kept)[:, 16:].max() > 1e-3
     measured = [
-        measures.loss_by_position(model, variables, list(tokens), chunk=16, edges=[65], zero_memory=zero)["loss"][0]
-        for zero in (True, False)
+        measures.loss_by_position(model, variables, list(tokens), chunk=16, edges=[65], control=control)["loss"][0]
+        for control in ("zeroed", None)
     ]
     np.testing.assert_allclose(measured, [zeroed.mean(), kept.mean()], rtol=1e-5)
 
 
-def test_nothing_passes_through_a_zeroed_memory():
+@pytest.mark.parametrize("control", ["zeroed", "reset"])
+def test_nothing_passes_through_a_control(control):
     """Beyond the reach of the segments, the first block changes losses only if the memory is kept."""
     model, variables = tiny_run.init(tiny_run.model_config())
     tokens = np.stack(texts(65, 65)).astype(np.int32)
     other = tokens.copy()
     other[:, :8] = 255 - other[:, :8]
     late = slice(8 * (model.config.num_layers + 1), None)  # each layer looks back one block
-    zeroed = [read(model, variables, ids, zero_memory=True)[:, late] for ids in (tokens, other)]
-    np.testing.assert_array_equal(*zeroed)
+    cut = [read(model, variables, ids, control=control)[:, late] for ids in (tokens, other)]
+    np.testing.assert_array_equal(*cut)
     kept = [read(model, variables, ids)[:, late] for ids in (tokens, other)]
     assert np.abs(kept[0] - kept[1]).max() > 1e-6
 
@@ -289,4 +290,4 @@ def test_passkey_needs_the_vocabulary_and_a_memory_to_zero():
         answer_accuracy(model, variables, QUESTIONS["prosqa"].task())
     model, variables = digit_model(tiny_run.BSWA)
     with pytest.raises(ValueError, match="this model has no FAM"):
-        recall_accuracy(model, variables, TASK, [9], zero_memory=True)
+        recall_accuracy(model, variables, TASK, [9], control="zeroed")

@@ -7,5 +7,5 @@ A module has
 * `CORE`, whether it carries a main claim of a paper;
 * `arms(size)`, a training config by the name of each arm;
 * `evaluation(size)`, settings of `experiments.evaluate` that all arms are measured with, those without a FAM
-  without `zero_memory`.
+  without controls of one.
 """

@@ -91,8 +91,8 @@ def books_base(size: str) -> TrainConfig:
 def books_evaluation(size: str) -> dict[str, Any]:
     """Loss by position of whole documents that were not trained on."""
     if size == "cpu":
-        return {"max_tokens": 1 << 15, "batch_size": 4, "zero_memory": True}
-    return {"max_tokens": 1 << 18, "batch_size": 16, "chunk": 4096, "zero_memory": True}
+        return {"max_tokens": 1 << 15, "batch_size": 4, "reset_memory": True}
+    return {"max_tokens": 1 << 18, "batch_size": 16, "chunk": 4096, "reset_memory": True}
 
 
 def layers_base(size: str) -> TrainConfig:
