@@ -255,7 +255,10 @@ def _recall(options: Options, model: Decoder, variables: Any, config: TrainConfi
         manifest = data.manifest(settings.text)
         check_same("data", manifest)
     hardest = settings.levels[-1]
-    levels = options.lengths or (*settings.levels, *(hardest * times for times in (2, 4, 14)))
+    levels = options.lengths or (
+        *settings.levels,
+        *(hardest * n for n in (2, 4, 14) if _possible(settings, hardest * n)),
+    )
     curves = []
     for part, measured in settings.parts().items():
         for control in _controls(options):
@@ -274,6 +277,15 @@ def _recall(options: Options, model: Decoder, variables: Any, config: TrainConfi
             curves.append({"label": label, "seed": config.seed, **more, **curve})
     marks = [{"x": hardest, "label": "longest trained" if settings.counted == "blocks" else "most trained"}]
     return {"curves": curves, "marks": marks}, manifest, [config.seed, options.seed]
+
+
+def _possible(settings: LevelData, level: int) -> bool:
+    """Whether a task has a level."""
+    try:
+        settings.check_levels((level,))
+    except ValueError:
+        return False
+    return True
 
 
 def _documents(options: Options, model: Decoder, variables: Any, config: TrainConfig) -> tuple[Any, Any, list[int]]:

@@ -27,8 +27,9 @@ Every claim of the two papers that this code can test, the command that tests it
 `python -m experiments.evidence` from the files in `experiments/results`, which tell settings, versions, machine and
 commit of each run.
 
-A comparison has several arms, which differ in what is compared alone: all have the same steps, data and learning rate,
-and none a search of its own unless the row says so. `cpu` is minutes a run on two cores, `gpu` at most ten minutes a
+A comparison has several arms, which differ in what is compared alone, or in what the row says: all have the same steps
+and learning rate, and none a search of its own unless the row says so. The data are the same, too, but for tasks with a
+curriculum, where an arm that fails stays at short texts. `cpu` is minutes a run on two cores, `gpu` at most ten minutes a
 run on one GPU, `paper` the published shapes. `python -m experiments.ablate ROW --size cpu` trains and measures all arms
 and seeds, and goes on where it was stopped. Core rows carry the papers' main claims. A \u00b1 is half the width of the
 95 % interval of the mean over seeds; without one, a single seed was run.
@@ -50,9 +51,20 @@ def page(output: Path = results.DIRECTORY) -> str:
     for name, summary in modules(ablations).items():
         row = ablate.load(name)
         found = measured(name, output)
-        runs = ", ".join(f"{size} {len(result.config)}" for size, result in found.items()) or "none yet"
+        whole = {size: len(row.arms(size)) * len(ablate.SEEDS) for size in found}
+        runs = (
+            ", ".join(f"{size} {len(result.config)} of {whole[size]}" for size, result in found.items()) or "none yet"
+        )
         verdict = getattr(row, "VERDICT", "")
-        cells.append([f"[{name}](#{name})", "yes" if row.CORE else "", summary, runs, verdict or "open"])
+        cells.append(
+            [
+                f"[{name}](#{name})",
+                "yes" if row.CORE else "",
+                summary,
+                runs,
+                verdict or ("see below" if found else "open"),
+            ]
+        )
         sections += [f"## {name}", _text(inspect.getdoc(row) or "")]
         if verdict:
             sections.append(f"**Outcome**: {verdict}")
@@ -74,6 +86,7 @@ def measured(name: str, output: Path) -> dict[str, results.Result]:
 
 def _text(doc: str) -> str:
     """A module's docstring as Markdown: its commands become code."""
+    doc = re.sub(r"\s*Ours:\s+experiments/README\.md\.", "", doc)
     return re.sub(r"(?m)^((?:python|pip|GLIBC_TUNABLES)\b.*(?:\n +.*)*)$", r"    \1", doc).replace("\n    \n", "\n\n")
 
 

@@ -26,7 +26,7 @@ def test_every_row_has_its_claim_and_what_is_measured(options, compile_cache, mo
     ablate.run("arithmetic", options)
     text = evidence.page(options.output)
     assert text.count("Size `cpu`") == 1
-    assert "| cpu 4" in text
+    assert "| cpu 4 of 6" in text
     assert "LIMe, level 2 (2 seeds)" in text
     assert "    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m experiments.ablate arithmetic --size cpu\n" in text
 

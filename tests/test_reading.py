@@ -56,7 +56,8 @@ def test_a_text_is_measured_at_evenly_spaced_places(run, tmp_path, monkeypatch, 
     assert curve["cpu_seconds"] == sorted(curve["cpu_seconds"])
     assert curve["seconds"][-1] == result.values["seconds"] == result.wall_seconds
     assert len(set(curve["state_bytes"])) == 1
-    assert 0 < max(curve["resident_mib"]) <= result.values["peak_resident_mib"]
+    if Path("/proc/self/status").exists():
+        assert 0 < max(curve["resident_mib"]) <= result.values["peak_resident_mib"]
     rates = np.diff([0, *curve["tokens"]]) / np.diff([0, *curve["seconds"]])
     np.testing.assert_allclose(curve["tokens_per_second"], rates, rtol=0.5)  # times are in milliseconds
     out = capsys.readouterr().out

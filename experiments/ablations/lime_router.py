@@ -1,9 +1,9 @@
-r"""How LIMe's routers begin and learn: start, learning rate and decay (LIMe, section 5.3).
+r"""LIMe's routers at other learning rates, and begun at no mixing (LIMe, section 5.3).
 
 python -m experiments.ablate lime_router --size cpu
 
-Paper: fully random starts are worse than the identity with a little noise, weight decay is worse, and a learning rate
-of 1e-2, ten times that of the rest, is better; without numbers. Ours: experiments/README.md.
+Paper: 1e-2 is better for routers than the rate of the rest, 1e-3; without numbers. `zeros` begins exactly at the model
+without LIMe. Ours: experiments/README.md.
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ python -m experiments.ablate passkey_memory --size cpu
 
 Paper (1B, trained on 2k to 18k): FAM holds the key up to 260k, all of 100 %; the window gains up to two past blocks and
 then saturates, reaches far less than layers x segments, and a gradient that is stopped at past blocks shortens it
-further (M1-SG). Ours: experiments/README.md.
+further (M1-SG). At `cpu` and `gpu`, FAM has our limit to its size and noise. Ours: experiments/README.md.
 """
 
 from typing import Any

@@ -4,7 +4,8 @@ GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m experiments.ablate passkey_reach
 
 Paper (1B): 100 % at 260k tokens after training on 2k to 18k, 14 times the longest. Here the longest trained text has 32
 blocks of 16 words, the key stands anywhere, and it is asked for at up to 256 times that length. `base` is
-`configs.passkey` with fewer steps; every other arm changes one thing. Ours: experiments/README.md.
+`configs.passkey` with fewer steps; every other arm changes one thing. All but `decoys`, whose
+filler is the harder one, are measured on the filler that repeats. Ours: experiments/README.md.
 """
 
 import dataclasses

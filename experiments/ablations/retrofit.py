@@ -9,13 +9,15 @@ by position in documents that were not trained on; beyond the first blocks only 
 
 `cpu` is minutes on two cores: Shakespeare's plays, blocks of 128, a FAM of 4 rows, LoRA of rank 16, 24 steps of 1,024
 tokens. `gpu` is the recipe of `retrofit_fam` on source code, ten minutes an arm, without Random State Passing and with
-it (`FAM-RSP`), and in whole documents (`retrofit_fam_stream`). An untrained FAM drifts as it reads, and is no use
-after some 4,000 tokens: passed on from step to step it would be where no gradient leads back, hence the arm without.
+it (`FAM-RSP`), and in whole documents (`retrofit_fam_stream`). An untrained FAM drifts as it
+reads (set back to its start after every block, it does better): passed on from step to step, it would be where no
+gradient leads back, hence the arm without. That control tells memory from what rows at hand do besides.
 """
 
 import dataclasses
 from typing import Any
 
+from experiments.ablations._bases import with_memory
 from experiments.config import TrainConfig
 from experiments.configs import retrofit_bswa, retrofit_fam, retrofit_fam_stream
 from experiments.data import TextData
@@ -29,9 +31,12 @@ BASE = "runs/smollm2-135m"
 
 def arms(size: str) -> dict[str, TrainConfig]:
     """The configs by arm; `untrained` ones make no step."""
-    made = {"window": retrofit_bswa.config(), "FAM": _with_rsp(retrofit_fam.config(), 0.0)}
+    made = {"window": retrofit_bswa.config(), "FAM": with_memory(retrofit_fam.config(), rsp=0.0)}
     if size == "gpu":
-        made |= {"FAM-RSP": retrofit_fam.config(), "FAM-stream": _with_rsp(retrofit_fam_stream.config(), 0.0)}
+        made |= {
+            "FAM-RSP": retrofit_fam.config(),
+            "FAM-stream": with_memory(retrofit_fam_stream.config(), rsp=0.0, noise=0.0),
+        }
     else:
         made = {name: _small(config) for name, config in made.items()}
     untrained = {f"{name}-untrained": dataclasses.replace(made[name], steps=0) for name in ("window", "FAM")}
@@ -43,15 +48,6 @@ def evaluation(size: str) -> dict[str, Any]:
     if size == "cpu":
         return {"documents": 4, "max_tokens": 2048, "batch_size": 4, "zero_memory": True, "reset_memory": True}
     return {"max_tokens": 1 << 17, "batch_size": 16, "chunk": 4096, "zero_memory": True, "reset_memory": True}
-
-
-def _with_rsp(config: TrainConfig, rsp: float) -> TrainConfig:
-    """The config with another probability of Random State Passing."""
-    memory = config.model.memory
-    assert memory is not None
-    return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, memory=dataclasses.replace(memory, rsp=rsp))
-    )
 
 
 def _small(config: TrainConfig) -> TrainConfig:

@@ -3,7 +3,8 @@ r"""State tracking: the parity, or the product in S3, of generators, carried ove
 python -m experiments.ablate tracking --size cpu
 
 Trained on up to 8 blocks of 8 tokens, tested on up to 64. Transformers are known to fit the lengths they are trained on
-and no longer ones; a FAM is updated by a nonlinear function once a block, so that it can carry the state. Ours:
+and no longer ones; a FAM is updated by a nonlinear function once a block, so that it can carry the state.
+The window sees one past block, which FAM does not. Ours:
 experiments/README.md.
 """
 

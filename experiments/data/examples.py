@@ -109,6 +109,8 @@ def _example(line: bytes) -> Example:
         raise ValueError(f"not UTF-8 text (byte {error.start}); convert the file") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"no JSON ({error}); write one object per line") from None
+    except RecursionError:
+        raise ValueError("no JSON that can be read (nested too deeply); write one object per line") from None
     if not isinstance(value, dict):
         raise ValueError(f"a {type(value).__name__} and no object; give it 'messages', or 'prompt' and 'completion'")
     messages = list(_turns(value["messages"]) if "messages" in value else _pair(value))

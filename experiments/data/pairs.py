@@ -73,6 +73,8 @@ class PairsData(LevelData):
         for name in ("per_block", "live", "filler"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 0")
+        if self.key_length > 8:
+            raise ValueError(f"key_length={self.key_length}: must be at most 8; there are keys enough")
         if not 2 <= self.symbols <= len(SYMBOLS):
             raise ValueError(f"symbols={self.symbols}: must be from 2 to {len(SYMBOLS)}")
         if max(self.per_block, 1) * self.pair_tokens > self.block_size:
