@@ -255,10 +255,8 @@ def _recall(options: Options, model: Decoder, variables: Any, config: TrainConfi
         manifest = data.manifest(settings.text)
         check_same("data", manifest)
     hardest = settings.levels[-1]
-    levels = options.lengths or (
-        *settings.levels,
-        *(hardest * n for n in (2, 4, 14) if _possible(settings, hardest * n)),
-    )
+    beyond = (level for level in (2 * hardest, 4 * hardest, 14 * hardest) if _possible(settings, level))
+    levels = options.lengths or (*settings.levels, *beyond)
     curves = []
     for part, measured in settings.parts().items():
         for control in _controls(options):

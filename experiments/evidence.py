@@ -29,10 +29,10 @@ commit of each run.
 
 A comparison has several arms, which differ in what is compared alone, or in what the row says: all have the same steps
 and learning rate, and none a search of its own unless the row says so. The data are the same, too, but for tasks with a
-curriculum, where an arm that fails stays at short texts. `cpu` is minutes a run on two cores, `gpu` at most ten minutes a
-run on one GPU, `paper` the published shapes. `python -m experiments.ablate ROW --size cpu` trains and measures all arms
-and seeds, and goes on where it was stopped. Core rows carry the papers' main claims. A \u00b1 is half the width of the
-95 % interval of the mean over seeds; without one, a single seed was run.
+curriculum, where an arm that fails stays at short texts. `cpu` is minutes a run on two cores, `gpu` at most ten minutes
+a run on one GPU, `paper` the published shapes. `python -m experiments.ablate ROW --size cpu` trains and measures all
+arms and seeds, and goes on where it was stopped. Core rows carry the papers' main claims. A \u00b1 is half the width of
+the 95 % interval of the mean over seeds; without one, a single seed was run.
 """
 
 
@@ -52,19 +52,10 @@ def page(output: Path = results.DIRECTORY) -> str:
         row = ablate.load(name)
         found = measured(name, output)
         whole = {size: len(row.arms(size)) * len(ablate.SEEDS) for size in found}
-        runs = (
-            ", ".join(f"{size} {len(result.config)} of {whole[size]}" for size, result in found.items()) or "none yet"
-        )
+        runs = ", ".join(f"{size} {len(result.config)} of {whole[size]}" for size, result in found.items())
         verdict = getattr(row, "VERDICT", "")
-        cells.append(
-            [
-                f"[{name}](#{name})",
-                "yes" if row.CORE else "",
-                summary,
-                runs,
-                verdict or ("see below" if found else "open"),
-            ]
-        )
+        outcome = verdict or ("see below" if found else "open")
+        cells.append([f"[{name}](#{name})", "yes" if row.CORE else "", summary, runs or "none yet", outcome])
         sections += [f"## {name}", _text(inspect.getdoc(row) or "")]
         if verdict:
             sections.append(f"**Outcome**: {verdict}")

@@ -194,6 +194,7 @@ def test_a_template_that_cannot_be_used_names_the_document(folder, tmp_path, tem
 
 ERRORS = {
     "{": "no JSON (",
+    "[" * 200_000: "nested too deeply",
     "[]": "a list and no object",
     '{"text": "a"}': "it has 'text'; give it 'messages', or 'prompt' and one of 'completion', 'response', 'answer'",
     '{"prompt": "a"}': "it has 'prompt'; give it",

@@ -140,6 +140,7 @@ def test_full_attention_needs_no_filler():
     [
         ({"pairs": (3, 2)}, r"pairs=\(3, 2\): must be numbers in rising order"),
         ({"key_length": 0}, "key_length=0: must be at least 1"),
+        ({"key_length": 11}, "key_length=11: must be at most 8"),
         ({"value_length": 0}, "value_length=0"),
         ({"per_block": -1}, "per_block=-1: must be at least 0"),
         ({"live": -1}, "live=-1"),
