@@ -26,7 +26,7 @@ from jax.experimental.compilation_cache import compilation_cache
 # that need float64 turn it on for themselves: with jax.enable_x64(True).
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# Tracing makes many small objects, nearly all of which stay; looking for garbage among them every 700 takes a tenth.
+# Tracing makes many small objects, nearly all of which stay; looking for garbage among them every 700 takes time.
 gc.set_threshold(100_000, 50, 50)
 
 # Few tests that take minutes each, most of which start processes: if a worker began with one of these files when

@@ -267,8 +267,9 @@ def test_the_fam_scan_is_found_in_both_passes(mixing, remat):
 
     tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
     loops = hlo.read(jax.jit(jax.grad(loss)).lower(variables, tokens).compile().as_text())
-    assert all(loop.trips == (4 if loop.within("fam_scan") or loop.within("attention") else 3) for loop in loops[1:])
-    inside = [loop for loop in loops if loop.within("fam_scan") and loop.within("layers")]
+    ours = [loop for loop in loops[1:] if not loop.within("scatter-add")]  # XLA's, if it is not fused
+    assert all(loop.trips == (4 if loop.within("fam_scan") or loop.within("attention") else 3) for loop in ours)
+    inside = [loop for loop in ours if loop.within("fam_scan") and loop.within("layers")]
     assert {loop.executions for loop in inside} == {12}
     passes = {"transpose(" in loop.label for loop in inside}
     assert passes == {False, True}
