@@ -2,7 +2,9 @@
 
 Trains every arm with every seed, measures it, and puts all into one table and one plot. Started again, it goes on
 where it was stopped: finished runs are not trained again, and measured ones not measured again. `--rows core` runs
-those that carry the papers' main claims, one row after another, `--rows all` all that have the size.
+those that carry the papers' main claims, one row after another, `--rows all` all that have the size. An arm trains at
+the learning rate that `experiments.search` found best for it, where that was searched. A run that another row has
+measured, under whatever name, is taken from there.
 """
 
 from __future__ import annotations
@@ -10,12 +12,14 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import tyro
 
 from experiments import ablations, evaluate, report, results
@@ -28,6 +32,7 @@ from experiments.train import NonFiniteError, train
 from experiments.typed import from_json, to_json
 
 SEEDS = (0, 1, 2)
+SEARCH = "search"  # folder of the results of experiments.search, in that of all results
 # The fields of a config that a run's result depends on.
 DECIDES = (
     "model",
@@ -109,13 +114,16 @@ def chosen(options: Options) -> list[str]:
     return names
 
 
-def configs(name: str, options: Options, checked: bool = True) -> dict[tuple[str, int], TrainConfig]:
+def configs(
+    name: str, options: Options, checked: bool = True, searched: bool = True
+) -> dict[tuple[str, int], TrainConfig]:
     """The runs of a row by arm and seed, seed after seed, so that all arms are there early.
 
     Args:
         name: The row's.
         options: Size, seeds, arms and folders.
         checked: Check that each config can be trained here, see `experiments.config.check`.
+        searched: At the learning rates that were searched, see `experiments.search`.
 
     Raises:
         ValueError: An arm is not known, or a config does not fit together.
@@ -124,6 +132,9 @@ def configs(name: str, options: Options, checked: bool = True) -> dict[tuple[str
     unknown = [arm for arm in options.arms or () if arm not in arms]
     if unknown:
         raise ValueError(f"arms={unknown} are not known; {name} has {', '.join(arms)}")
+    if searched:
+        for arm, score in scores(name, options.size).items():
+            arms[arm] = at_factor(arms[arm], best(score))
     found = {}
     for seed in options.seeds:
         for arm, config in arms.items():
@@ -155,17 +166,99 @@ def run(name: str, options: Options) -> tuple[results.Result, Path]:
             print(f"{name}, run {number} of {len(wanted)}: {arm}, seed {seed} is measured, in {file}")
             continue
         print(f"{name}, run {number} of {len(wanted)}: {arm}, seed {seed}")
-        trained = train(config)
-        if trained.stopped:
-            raise Stopped(trained.stopped)
-        steps = None
-        if isinstance(config.data, QuestionData):
-            steps = (*range(config.checkpoint_every, config.steps, config.checkpoint_every), config.steps)
-        settings = _evaluation(name, options.size, config)
-        evaluate.run(evaluate.Options(config.directory, name=file.stem, output=file.parent, steps=steps, **settings))
+        measure(name, options.size, config, file)
     result = combined(name, options.size, wanted, options.results)
     assert result is not None
     return result, report.plot(result, options.results / f"{result.name}.png")
+
+
+def measure(name: str, size: str, config: TrainConfig, file: Path) -> None:
+    """Trains a run and measures it, or takes its result from another row that has measured the same.
+
+    Args:
+        name: The row's.
+        size: Its size.
+        config: The run's.
+        file: Where the result goes.
+
+    Raises:
+        Stopped: a signal came.
+        ValueError, CheckpointError, NonFiniteError, BusyError: as `experiments.train.train`.
+    """
+    settings = _evaluation(name, size, config)
+    for other in sorted(file.parent.parent.glob(f"*-{size}/*.json")):
+        result = results.read(other)
+        if result.config.keys() == {"train", "evaluate"} and _is_of(config, settings, result):
+            results.write(_renamed(result, config.name, file.stem), file.parent)
+            print(f"the same as {other}")
+            return
+    trained = train(config)
+    if trained.stopped:
+        raise Stopped(trained.stopped)
+    steps = None
+    if isinstance(config.data, QuestionData):
+        steps = (*range(config.checkpoint_every, config.steps, config.checkpoint_every), config.steps)
+    evaluate.run(evaluate.Options(config.directory, name=file.stem, output=file.parent, steps=steps, **settings))
+
+
+def at_factor(config: TrainConfig, factor: float) -> TrainConfig:
+    """The config with its learning rate times a factor."""
+    rate = factor * config.optim.learning_rate
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, learning_rate=rate))
+
+
+def scores(name: str, size: str, folder: Path | None = None) -> dict[str, dict[float, float]]:
+    """What a search of learning rates measured: by arm and factor, the mean accuracy or minus the mean loss.
+
+    Args:
+        name: The row's.
+        size: Its size.
+        folder: Folder of the row's search. None: that which comes with the code.
+
+    Raises:
+        ResultError: A result file is damaged.
+        ValueError: One was measured with other settings than its arm has.
+    """
+    folder = folder or results.DIRECTORY / SEARCH / f"{name}-{size}"
+    found: dict[str, dict[float, float]] = {}
+    for arm, config in load(name).arms(size).items():
+        for file in sorted(folder.glob(f"{arm}-x*.json")):
+            factor = float(file.stem.removeprefix(f"{arm}-x"))
+            result = results.read(file)
+            seed = result.config["train"]["seed"]
+            tried = dataclasses.replace(
+                at_factor(config, factor), seed=seed, data=dataclasses.replace(config.data, seed=seed)
+            )
+            if not _is_of(tried, _evaluation(name, size, config), result):
+                raise ValueError(f"{file} was measured with other settings than {arm} has now; move it away")
+            found.setdefault(arm, {})[factor] = _score(result)
+    return found
+
+
+def best(by_factor: Mapping[float, float]) -> float:
+    """The factor of the highest score; of equal ones the nearest to 1."""
+    return max(by_factor, key=lambda factor: (by_factor[factor], -abs(math.log(factor))))
+
+
+def _score(result: results.Result) -> float:
+    """One number to compare runs by, higher is better: controls of the memory aside."""
+    curves = [curve for curve in result.values["curves"] if ", memory " not in curve["label"]]
+    if "accuracy" in curves[0]:
+        return float(np.mean([accuracy for curve in curves for accuracy in curve["accuracy"]]))
+    loss, tokens = (np.concatenate([curve[of] for curve in curves]) for of in ("loss", "tokens"))
+    return -float(np.average(loss, weights=tokens))
+
+
+def _renamed(result: results.Result, arm: str, name: str) -> results.Result:
+    """A run's result as that of an arm of another name."""
+    train = result.config["train"]
+    curves = [{**curve, "label": arm + curve["label"].removeprefix(train["name"])} for curve in result.values["curves"]]
+    return dataclasses.replace(
+        result,
+        name=name,
+        config={**result.config, "train": {**train, "name": arm}},
+        values={**result.values, "curves": curves},
+    )
 
 
 def place(name: str, size: str, arm: str, seed: int, output: Path) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tyro
 
-from experiments import ablate, ablations, report, results
+from experiments import ablate, ablations, report, results, search
 from experiments.command import modules, run_command
 
 PAGE = Path(__file__).with_name("README.md")
@@ -27,9 +27,11 @@ Every claim of the two papers that this code can test, the command that tests it
 `python -m experiments.evidence` from the files in `experiments/results`, which tell settings, versions, machine and
 commit of each run.
 
-A comparison has several arms, which differ in what is compared alone, or in what the row says: all have the same steps
-and learning rate, and none a search of its own unless the row says so. The data are the same, too, but for tasks with a
-curriculum, where an arm that fails stays at short texts. `cpu` is minutes a run on two cores, `gpu` at most ten minutes
+A comparison has several arms, which differ in what is compared alone, or in what the row says: all have the same steps.
+Where a row shows a table of scores by learning rate, `python -m experiments.search ROW` had tried half and twice the
+rate for each arm, with a seed of its own, before the seeds of the comparison were run, and each arm has its best; other
+rows have one rate for all arms, or say what they have. The data are the same, too, but for tasks with a curriculum,
+where an arm that fails stays at short texts. `cpu` is minutes a run on two cores, `gpu` at most ten minutes
 a run on one GPU, `paper` the published shapes. `python -m experiments.ablate ROW --size cpu` trains and measures all
 arms and seeds, and goes on where it was stopped. Core rows carry the papers' main claims. A \u00b1 is half the width of
 the 95 % interval of the mean over seeds; without one, a single seed was run.
@@ -60,7 +62,14 @@ def page(output: Path = results.DIRECTORY) -> str:
         if verdict:
             sections.append(f"**Outcome**: {verdict}")
         for size, result in found.items():
-            sections += [f"Size `{size}`:", report.table(result), f"![{result.name}]({FIGURES}/{result.name}.png)"]
+            folder = output / ablate.SEARCH / f"{name}-{size}"
+            searched = [search.table(name, size, folder)] if folder.exists() else []
+            sections += [
+                f"Size `{size}`:",
+                *searched,
+                report.table(result),
+                f"![{result.name}]({FIGURES}/{result.name}.png)",
+            ]
     return "\n\n".join([INTRO.strip(), report.markdown(cells, right=False), *sections]) + "\n"
 
 
