@@ -69,6 +69,19 @@ def test_the_loop_repeats_the_five_sentences_from_the_first():
         assert loop.startswith(f"{before} {after}".strip())
 
 
+def test_mixed_filler_is_either_at_either_depth():
+    """Two rows of four have either filler, one of them with the key first; measured is each filler apart."""
+    texts = samples(40, depth="mixed", filler="mixed", rows=8)[1]
+    assert [parts(text)[0] == "" for text in texts] == [True, False] * 4
+    assert ["number of the day" in text for text in texts] == [False, False, True, True] * 2
+    settings = PasskeyData(filler="mixed")
+    assert settings.parts() == {
+        ", loop": PasskeyData(filler="loop"),
+        ", decoys": PasskeyData(filler="decoys"),
+    }
+    assert PasskeyData(filler="loop").parts() == {"": PasskeyData(filler="loop")}
+
+
 @pytest.mark.parametrize("filler", ["loop", "decoys"])
 def test_filler_fills_what_task_key_and_question_leave(filler):
     fixed = len(words(f"{TASK} {KEY.format(key='12345')} {QUESTION} 12345").split())
@@ -237,7 +250,7 @@ def test_a_position_belongs_to_a_vocabulary_and_not_to_its_place():
         ({"blocks": (4,)}, r"blocks=\(4,\): must be at least 5 with block_size=16 and digits=5"),
         ({"threshold": 1.5}, "threshold=1.5: must be between 0 and 1"),
         ({"depth": "last"}, "depth='last': must be uniform, first or mixed"),
-        ({"filler": "noise"}, "filler='noise': must be loop or decoys"),
+        ({"filler": "noise"}, "filler='noise': must be loop, decoys or mixed"),
         ({"seed": -1}, "seed=-1: must be at least 0"),
     ],
 )

@@ -2,7 +2,8 @@
 
 The texts are those of the paper. A small model reads them as words, with numbers digit by digit, and a pretrained one
 with its own tokenizer. `filler="loop"` repeats the same five sentences, as the paper does. `filler="decoys"` is harder:
-the sentences come in random order, and between them stand numbers that are not the pass key.
+the sentences come in random order, and between them stand numbers that are not the pass key. `filler="mixed"` trains on
+both, row by row, and measures both.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ class PasskeyData(LevelData):
       digits: of the pass key.
       depth: where the key stands: `uniform` anywhere in the filler, `first` before it, as in the paper, or `mixed`,
         every other row first. What is first is learnt much sooner, and teaches what to do with the rest.
-      filler: `loop` (the paper's five sentences, repeated) or `decoys`.
+      filler: `loop` (the paper's five sentences, repeated), `decoys`, or `mixed`: of four rows two have the one and two
+        the other, at either depth.
       tokenizer: `words`, those of the task alone, or the file of another as in `TextData`, whose ids the lengths count.
       batch_size: rows of a batch.
       seed: of the samples.
@@ -93,8 +95,8 @@ class PasskeyData(LevelData):
             raise ValueError(f"digits={self.digits}: must be at least 1")
         if self.depth not in ("uniform", "first", "mixed"):
             raise ValueError(f"depth={self.depth!r}: must be uniform, first or mixed")
-        if self.filler not in ("loop", "decoys"):
-            raise ValueError(f"filler={self.filler!r}: must be loop or decoys")
+        if self.filler not in ("loop", "decoys", "mixed"):
+            raise ValueError(f"filler={self.filler!r}: must be loop, decoys or mixed")
         if self.tokenizer == "words":  # that of a file is read when it is needed
             self.check_levels()
 
@@ -115,6 +117,12 @@ class PasskeyData(LevelData):
                 f"blocks={chosen}: must be at least {shortest} with block_size={self.block_size} and "
                 f"digits={self.digits}, so that task, key, question and answer fit"
             )
+
+    def parts(self) -> dict[str, LevelData]:
+        """Either filler apart, if both are mixed."""
+        if self.filler != "mixed":
+            return {"": self}
+        return {f", {filler}": dataclasses.replace(self, filler=filler) for filler in ("loop", "decoys")}
 
     def task(self, split: str = "train") -> Passkey:
         return Passkey(self)
@@ -154,7 +162,8 @@ class Passkey(LevelTask):
                 raise ValueError(f"blocks={level}: must be at least {self.shortest}")
             first = self.config.depth == "first" or (self.config.depth == "mixed" and row % 2 == 0)
             depth = 0 if first else int(rng.integers(0, room + 1))
-            filler = self._filler(rng, room, key)
+            loop = self.config.filler == "loop" or (self.config.filler == "mixed" and row % 4 < 2)
+            filler = np.resize(self._loop, room) if loop else self._decoys(rng, room, key)
             ids[row] = np.concatenate((task, filler[:depth], hidden, filler[depth:], question, answer))
             weights[row, length - len(answer) :] = 1
         return {"tokens": ids[:, :-1], "targets": ids[:, 1:], "weights": weights}
@@ -167,9 +176,7 @@ class Passkey(LevelTask):
         """Ids of a text that goes on after another, int32 [t]."""
         return encode_after(self.tokenizer, "is", text)
 
-    def _filler(self, rng: np.random.Generator, length: int, key: str) -> np.ndarray:
-        if self.config.filler == "loop":
-            return np.resize(self._loop, length)
+    def _decoys(self, rng: np.random.Generator, length: int, key: str) -> np.ndarray:
         parts: list[np.ndarray] = [np.zeros(0, np.int32)]
         have = 0
         while have < length:
