@@ -33,6 +33,7 @@ class Options:
         rows: Which comparisons; modules of experiments/ablations.
         size: One of their sizes.
         arms: Only these. None: all.
+        factors: Only these of the three, times the rate of the arm's config.
         work_dir: Folder of the runs.
         output: Folder of the result files. None: `results` in `work_dir`.
     """
@@ -40,20 +41,24 @@ class Options:
     rows: tyro.conf.Positional[tuple[str, ...]]
     size: str = "cpu"
     arms: tuple[str, ...] | None = None
+    factors: tuple[float, ...] = FACTORS
     work_dir: Path = Path("runs")
     output: Path | None = None
 
 
-def configs(name: str, size: str, work_dir: Path, arms: tuple[str, ...] | None = None) -> dict[str, TrainConfig]:
+def configs(name: str, options: Options) -> dict[str, TrainConfig]:
     """The runs of a row's search, by the name of their result.
 
     Raises:
-        ValueError: An arm is not known, or a config does not fit together.
+        ValueError: An arm or a factor is not known, or a config does not fit together.
     """
-    options = ablate.Options(row=name, size=size, seeds=(SEED,), arms=arms, work_dir=work_dir)
+    unknown = set(options.factors) - set(FACTORS)
+    if unknown:
+        raise ValueError(f"factors={sorted(unknown)} are not of the search, which has {FACTORS}")
+    chosen = ablate.Options(size=options.size, seeds=(SEED,), arms=options.arms, work_dir=options.work_dir)
     found = {}
-    for (arm, _), config in ablate.configs(name, options, searched=False).items():
-        for factor in FACTORS:
+    for (arm, _), config in ablate.configs(name, chosen, searched=False).items():
+        for factor in options.factors:
             folder = f"{config.work_dir}-x{factor:g}"
             found[f"{arm}-x{factor:g}"] = dataclasses.replace(ablate.at_factor(config, factor), work_dir=folder)
     return found
@@ -72,7 +77,7 @@ def run(name: str, options: Options) -> str:
     """
     folder = (options.output or options.work_dir / "results") / ablate.SEARCH / f"{name}-{options.size}"
     results.make_directory(folder)
-    wanted = configs(name, options.size, options.work_dir, options.arms)
+    wanted = configs(name, options)
     for number, (key, config) in enumerate(wanted.items(), 1):
         file = folder / f"{key}.json"
         print(f"{name}, search {number} of {len(wanted)}: {key}" + (" is measured" if file.exists() else ""))

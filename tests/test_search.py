@@ -56,9 +56,15 @@ def test_the_best_rate_is_what_a_comparison_trains_at(options, compile_cache, mo
 
 def test_the_seed_is_of_no_comparison(options):
     assert search.SEED not in ablate.SEEDS
-    wanted = search.configs("arithmetic", "cpu", options.work_dir)
+    wanted = search.configs("arithmetic", options)
     assert {(config.seed, config.data.seed) for config in wanted.values()} == {(search.SEED, search.SEED)}
     assert len({config.work_dir for config in wanted.values()}) == len(wanted) == 6
+    assert list(search.configs("arithmetic", dataclasses.replace(options, factors=(2.0,)))) == [
+        "baseline-x2",
+        "LIMe-x2",
+    ]
+    with pytest.raises(ValueError, match=r"factors=\[3\.0\] are not of the search, which has \(0\.5, 1\.0, 2\.0\)"):
+        search.configs("arithmetic", dataclasses.replace(options, factors=(2.0, 3.0)))
 
 
 def test_a_rate_that_diverges_loses(options, compile_cache, monkeypatch):
