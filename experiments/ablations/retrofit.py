@@ -8,8 +8,8 @@ SmolLM2-135M with a window of one past block, with and without FAM rows, each as
 by position in documents that were not trained on; beyond the first blocks only the window, and the FAM, are there.
 
 `cpu` is minutes on two cores: Shakespeare's plays, blocks of 128, a FAM of 4 rows, LoRA of rank 16, 24 steps of 1,024
-tokens. `gpu` is the recipe of `retrofit_fam` on source code, ten minutes an arm, without Random State Passing and with
-it (`FAM-RSP`), and in whole documents (`retrofit_fam_stream`). An untrained FAM drifts as it
+tokens. `gpu` is the recipe of `retrofit_fam` on source code for 400 steps, minutes an arm, without Random State Passing
+and with it (`FAM-RSP`), and in whole documents (`retrofit_fam_stream`). An untrained FAM drifts as it
 reads (set back to its start after every block, it does better): passed on from step to step, it would be where no
 gradient leads back, hence the arm without. That control tells memory from what rows at hand do besides.
 """
@@ -37,6 +37,7 @@ def arms(size: str) -> dict[str, TrainConfig]:
             "FAM-RSP": retrofit_fam.config(),
             "FAM-stream": with_memory(retrofit_fam_stream.config(), rsp=0.0, noise=0.0),
         }
+        made = {name: dataclasses.replace(config, steps=400) for name, config in made.items()}
     else:
         made = {name: _small(config) for name, config in made.items()}
     untrained = {f"{name}-untrained": dataclasses.replace(made[name], steps=0) for name in ("window", "FAM")}
