@@ -26,10 +26,31 @@ def with_data(config: TrainConfig, **changes: Any) -> TrainConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
 
 
+def with_optim(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """The config with other fields of its optimiser."""
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, **changes))
+
+
 def with_memory(config: TrainConfig, **changes: Any) -> TrainConfig:
     """The config with other fields of its memory."""
     assert config.model.memory is not None
     return with_model(config, memory=dataclasses.replace(config.model.memory, **changes))
+
+
+def memory_arms(base: TrainConfig) -> dict[str, TrainConfig]:
+    """The arms that tasks of memory share, from that of FAM: the same model and data with another memory, or none.
+
+    `static-query` has rows that read the memory before them, but ask the same at each block. RMT has as many rows, and
+    no place for FAM's limit and noise.
+    """
+    top = with_model(base, schedule="block")
+    return {
+        "FAM": base,
+        "window": with_memory(base, **NO_FAM),
+        "static-query": with_memory(base, kind="summary"),
+        "RMT": with_memory(top, kind="rmt", clip=None, noise=0.0, rsp=0.0),
+        "full": with_model(base, memory=None),
+    }
 
 
 def passkey_base(size: str) -> TrainConfig:

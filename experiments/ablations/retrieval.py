@@ -11,7 +11,7 @@ Ours: experiments/README.md.
 import dataclasses
 from typing import Any
 
-from experiments.ablations._bases import NO_FAM, with_data, with_memory, with_model
+from experiments.ablations._bases import memory_arms, with_data, with_memory, with_model
 from experiments.config import TrainConfig
 from experiments.configs import retrieval
 
@@ -26,12 +26,7 @@ def arms(size: str) -> dict[str, TrainConfig]:
         small = with_model(base, d_model=64, num_layers=2, head_dim=16, d_ff=256, scan_layers=False)
         small = with_data(small, pairs=(1, 2, 4, 8), batch_size=32)
         base = dataclasses.replace(small, steps=2500, checkpoint_every=0)
-    return {
-        "FAM-8": base,
-        "FAM-2": with_memory(base, fam_length=2),
-        "window": with_memory(base, **NO_FAM),
-        "full": with_model(base, memory=None),
-    }
+    return {**memory_arms(base), "FAM-2": with_memory(base, fam_length=2)}
 
 
 def evaluation(size: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ experiments/README.md.
 import dataclasses
 from typing import Any
 
-from experiments.ablations._bases import NO_FAM, with_data, with_memory, with_model
+from experiments.ablations._bases import memory_arms, with_data, with_model
 from experiments.config import TrainConfig
 from experiments.configs import rewrite
 
@@ -26,9 +26,7 @@ def arms(size: str) -> dict[str, TrainConfig]:
         base = dataclasses.replace(small, steps=2500, checkpoint_every=0)
     made: dict[str, TrainConfig] = {}
     for name, live in (("remember", 0), ("rewrite", 4)):
-        one = with_data(base, live=live)
-        made |= {f"FAM-{name}": one, f"window-{name}": with_memory(one, **NO_FAM)}
-        made[f"full-{name}"] = with_model(one, memory=None)
+        made |= {f"{arm}-{name}": config for arm, config in memory_arms(with_data(base, live=live)).items()}
     return made
 
 
