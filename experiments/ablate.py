@@ -18,7 +18,7 @@ from typing import Any
 
 import tyro
 
-from experiments import ablations, evaluate, report, results
+from experiments import ablations, analyze, evaluate, report, results
 from experiments.checkpoint import CheckpointError
 from experiments.command import modules, run_command
 from experiments.config import TrainConfig, check
@@ -120,7 +120,8 @@ def configs(name: str, options: Options, checked: bool = True) -> dict[tuple[str
     Raises:
         ValueError: An arm is not known, or a config does not fit together.
     """
-    arms = load(name).arms(options.size)
+    row = load(name)
+    arms, trained_as = row.arms(options.size), getattr(row, "RUNS_OF", name)
     unknown = [arm for arm in options.arms or () if arm not in arms]
     if unknown:
         raise ValueError(f"arms={unknown} are not known; {name} has {', '.join(arms)}")
@@ -128,7 +129,7 @@ def configs(name: str, options: Options, checked: bool = True) -> dict[tuple[str
     for seed in options.seeds:
         for arm, config in arms.items():
             if options.arms is None or arm in options.arms:
-                folder = options.work_dir / f"{name}-{options.size}-{arm}-{seed}"
+                folder = options.work_dir / f"{trained_as}-{options.size}-{arm}-{seed}"
                 data = dataclasses.replace(config.data, seed=seed)
                 found[arm, seed] = dataclasses.replace(config, name=arm, data=data, seed=seed, work_dir=str(folder))
                 if checked:
@@ -162,7 +163,11 @@ def run(name: str, options: Options) -> tuple[results.Result, Path]:
         if isinstance(config.data, QuestionData):
             steps = (*range(config.checkpoint_every, config.steps, config.checkpoint_every), config.steps)
         settings = _evaluation(name, options.size, config)
-        evaluate.run(evaluate.Options(config.directory, name=file.stem, output=file.parent, steps=steps, **settings))
+        told: dict[str, Any] = {"name": file.stem, "output": file.parent, **settings}
+        if "what" in settings:
+            analyze.run(analyze.Options(config.directory, **told))
+        else:
+            evaluate.run(evaluate.Options(config.directory, steps=steps, **told))
     result = combined(name, options.size, wanted, options.results)
     assert result is not None
     return result, report.plot(result, options.results / f"{result.name}.png")
@@ -213,7 +218,7 @@ def _is_of(config: TrainConfig, evaluation: Mapping[str, Any], result: results.R
     """Whether a result is that of a config and its evaluation, wherever the run's files are."""
     now = to_json(config)
     then = to_json(from_json(result.config["train"], TrainConfig))  # settings that are newer have their defaults
-    told = result.config["evaluate"]
+    told = result.config["analyze" if "what" in evaluation else "evaluate"]
     return all(now[field] == then[field] for field in DECIDES) and all(
         json.loads(json.dumps(value)) == told.get(field) for field, value in evaluation.items()
     )
