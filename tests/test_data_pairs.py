@@ -92,6 +92,9 @@ def test_several_questions_are_asked_in_training_and_one_in_measuring():
         questions = re.fullmatch(r"\.*\?(\w\w):(\w\w)\?(\w\w):(\w\w)\?(\w\w):(\w\w)", blocks[-1]).groups()
         assert [pairs[key] for key in questions[::2]] == list(questions[1::2])
         assert answers == "".join(questions[1::2])  # these alone count
+    _, rows = rows_of(3, asked=3, block_size=24)
+    for blocks, _ in rows:  # each pair is asked for once
+        assert len(set(re.findall(r"\?(\w\w)", blocks[-1]))) == 3
     batches = [task.sample(np.random.default_rng(0), 2, 6)["weights"] for task in map(config.task, ("train", "test"))]
     assert [weights.sum() for weights in batches] == [12, 4]
 

@@ -6,8 +6,8 @@ Four layers of width 32 with four heads, 50,000 expressions, learning rate with 
 integer reading. `cpu` makes 4,000 steps of 64 rows, four minutes on one core; `cpu-long` 20,000, 20 minutes or 26
 epochs; `paper` the 200 epochs.
 
-Measured at `cpu-long` with three seeds: 0.840 right with LIMe, 0.796 without; LIMe is ahead at each of eight checkpoints, both still
-rise at the end, and the difference there is 0.044 (95 % interval -0.010 to 0.098).
+Measured at `cpu-long` with three seeds: 0.840 right with LIMe, 0.796 without; LIMe is ahead at each of eight
+checkpoints, both still rise at the end, and the difference there is 0.044 (95 % interval -0.010 to 0.098).
 
 The paper does not tell the learning rate. Each arm has the best of five, by validation loss after 3,000 steps with
 seed 7, which is not among the measured ones:

@@ -43,8 +43,9 @@ class PairsData(LevelData):
       per_block: pairs in a block; 0 is as many as fit.
       live: so many different keys in a row, of which each pair writes any one; 0: all pairs have different keys.
       filler: blocks between the last pair and the block with the question.
-      asked: questions of a training row, one after another in its last block, of pairs that may be the same. More teach
-        sooner, since all else has no loss. What is measured is always one question.
+      asked: questions of a training row, one after another in its last block. More teach sooner, since all else has no
+        loss. They are of different pairs if there are so many: a question that comes again is answered by the one
+        before, which needs no memory. What is measured is always one question.
       key_length: symbols of a key.
       value_length: symbols of a value.
       symbols: different ones, of the letters and digits.
@@ -179,7 +180,8 @@ class Pairs(LevelTask):
         keys = np.take_along_axis(pool, which, axis=1)[..., None] // places % config.symbols
         values = rng.integers(config.symbols, size=(rows, level, config.value_length))
 
-        asked = np.take_along_axis(which, rng.integers(level, size=(rows, config.asked)), axis=1)
+        order = np.tile(np.arange(-(-config.asked // level) * level) % level, (rows, 1))
+        asked = np.take_along_axis(which, rng.permuted(order, axis=1)[:, : config.asked], axis=1)
         same = which[:, None] == asked[..., None]
         last = level - 1 - np.argmax(same[..., ::-1], axis=2)  # of the pairs with the key, the last one counts
         row = np.arange(rows)[:, None]
