@@ -8,5 +8,5 @@ A module has
 * `arms(size)`, a training config by the name of each arm;
 * `evaluation(size)`, settings of `experiments.evaluate` that all arms are measured with, those without a FAM
   without controls of one; or of `experiments.analyze`, if they say `what`;
-* `RUNS_OF`, if its arms are some of another comparison's, whose runs then serve both.
+* `RUNS_OF`, if it has arms of another comparison by the same names, whose runs then serve both.
 """

@@ -13,6 +13,7 @@ from lime_jax import LimeConfig
 
 SIZES = retrieval.SIZES
 CORE = False
+RUNS_OF = "retrieval"
 
 
 def arms(size: str) -> dict[str, TrainConfig]:
