@@ -21,7 +21,7 @@ CORE = False
 
 def arms(size: str) -> dict[str, TrainConfig]:
     """The configs by arm."""
-    base = dataclasses.replace(passkey.config(), steps=3000, checkpoint_every=1000)
+    base = dataclasses.replace(passkey.config(), steps=1800, checkpoint_every=600)
 
     return {
         "base": base,
