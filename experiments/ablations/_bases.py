@@ -53,7 +53,7 @@ def memory_arms(base: TrainConfig) -> dict[str, TrainConfig]:
     }
 
 
-def small_pairs(base: TrainConfig, **data: Any) -> TrainConfig:
+def small_pairs(base: TrainConfig, steps: int, **data: Any) -> TrainConfig:
     """A task of key-value pairs that two layers of width 64 learn in minutes.
 
     Values stand right after their keys, of 16 symbols; heads are wide, so that some of their planes turn fast enough to
@@ -64,7 +64,7 @@ def small_pairs(base: TrainConfig, **data: Any) -> TrainConfig:
     small = with_model(base, **shape, scan_layers=False)
     small = with_data(small, symbols=16, marks=False, filler=0, batch_size=32, threshold=0.7, **data)
     small = with_optim(small, learning_rate=3e-3, warmup_steps=100)
-    return dataclasses.replace(small, steps=3000, checkpoint_every=0)
+    return dataclasses.replace(small, steps=steps, checkpoint_every=0)
 
 
 def passkey_base(size: str) -> TrainConfig:

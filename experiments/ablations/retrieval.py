@@ -25,7 +25,7 @@ def arms(size: str) -> dict[str, TrainConfig]:
     """The configs by arm."""
     base = retrieval.config()
     if size == "cpu":
-        base = small_pairs(base, pairs=(4, 8, 16), asked=4)
+        base = small_pairs(base, steps=5000, pairs=(4, 8, 16), asked=4)
     return {**memory_arms(base), "FAM-2": with_memory(base, fam_length=2)}
 
 

@@ -20,7 +20,7 @@ def arms(size: str) -> dict[str, TrainConfig]:
     """The configs by arm."""
     base = rewrite.config()
     if size == "cpu":
-        base = small_pairs(with_memory(base, block_size=16), block_size=16, pairs=(3, 5, 10), asked=3)
+        base = small_pairs(with_memory(base, block_size=16), steps=2500, block_size=16, pairs=(3, 5, 10), asked=3)
     made: dict[str, TrainConfig] = {}
     for name, live in (("remember", 0), ("rewrite", 4)):
         made |= {f"{arm}-{name}": config for arm, config in memory_arms(with_data(base, live=live)).items()}
