@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from experiments import ablations, evaluate, report, results
+from experiments import ablations, analyze, evaluate, report, results
 from experiments.checkpoint import CheckpointError
 from experiments.command import modules, run_command
 from experiments.config import TrainConfig, check
@@ -128,18 +128,20 @@ def configs(
     Raises:
         ValueError: An arm is not known, or a config does not fit together.
     """
-    arms = load(name).arms(options.size)
+    row = load(name)
+    arms, trained_as = row.arms(options.size), getattr(row, "RUNS_OF", name)
     unknown = [arm for arm in options.arms or () if arm not in arms]
     if unknown:
         raise ValueError(f"arms={unknown} are not known; {name} has {', '.join(arms)}")
     if searched:
-        for arm, score in scores(name, options.size).items():
-            arms[arm] = at_factor(arms[arm], best(score))
+        for arm, score in scores(trained_as, options.size).items():
+            if arm in arms:
+                arms[arm] = at_factor(arms[arm], best(score))
     found = {}
     for seed in options.seeds:
         for arm, config in arms.items():
             if options.arms is None or arm in options.arms:
-                folder = options.work_dir / f"{name}-{options.size}-{arm}-{seed}"
+                folder = options.work_dir / f"{trained_as}-{options.size}-{arm}-{seed}"
                 data = dataclasses.replace(config.data, seed=seed)
                 found[arm, seed] = dataclasses.replace(config, name=arm, data=data, seed=seed, work_dir=str(folder))
                 if checked:
@@ -186,9 +188,10 @@ def measure(name: str, size: str, config: TrainConfig, file: Path) -> None:
         ValueError, CheckpointError, NonFiniteError, BusyError: as `experiments.train.train`.
     """
     settings = _evaluation(name, size, config)
+    made_by = _made_by(settings)
     for other in sorted(file.parent.parent.glob(f"*-{size}/*.json")):
         result = results.read(other)
-        if result.config.keys() == {"train", "evaluate"} and _is_of(config, settings, result):
+        if result.config.keys() == {"train", made_by} and _is_of(config, settings, result):
             results.write(_renamed(result, config.name, file.stem), file.parent)
             print(f"the same as {other}")
             return
@@ -198,7 +201,11 @@ def measure(name: str, size: str, config: TrainConfig, file: Path) -> None:
     steps = None
     if isinstance(config.data, QuestionData):
         steps = (*range(config.checkpoint_every, config.steps, config.checkpoint_every), config.steps)
-    evaluate.run(evaluate.Options(config.directory, name=file.stem, output=file.parent, steps=steps, **settings))
+    told: dict[str, Any] = {"name": file.stem, "output": file.parent, **settings}
+    if made_by == "analyze":
+        analyze.run(analyze.Options(config.directory, **told))
+    else:
+        evaluate.run(evaluate.Options(config.directory, steps=steps, **told))
 
 
 def at_factor(config: TrainConfig, factor: float) -> TrainConfig:
@@ -302,11 +309,16 @@ def _evaluation(name: str, size: str, config: TrainConfig) -> dict[str, Any]:
     return {field: value for field, value in given.items() if rows or field not in ("zero_memory", "reset_memory")}
 
 
+def _made_by(evaluation: Mapping[str, Any]) -> str:
+    """What measures a row, by the name of its settings in a result."""
+    return "analyze" if "what" in evaluation else "evaluate"
+
+
 def _is_of(config: TrainConfig, evaluation: Mapping[str, Any], result: results.Result) -> bool:
     """Whether a result is that of a config and its evaluation, wherever the run's files are."""
     now = to_json(config)
     then = to_json(from_json(result.config["train"], TrainConfig))  # settings that are newer have their defaults
-    told = result.config["evaluate"]
+    told = result.config[_made_by(evaluation)]
     return all(now[field] == then[field] for field in DECIDES) and all(
         json.loads(json.dumps(value)) == told.get(field) for field, value in evaluation.items()
     )

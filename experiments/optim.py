@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -17,7 +18,7 @@ from lime_jax.routers import ROUTER_WEIGHTS
 DECAYED = frozenset(WEIGHTS) | {f"{weight}_{factor}" for weight in WEIGHTS for factor in "ab"}
 UNDECAYED = frozenset({"embed", "unembed", "fam_prompt", "attn_norm", "ff_norm", "final_norm", "q_norm", "k_norm"})
 UNDECAYED |= {"fam_prefix", "bq", "bk", "bv", "attn_post_norm", "ff_post_norm"}
-# Parameters of layer mixers, which never decay.
+# Parameters of layer mixers, which do not decay, but for routers if `router_decay` says so.
 MIXING = ROUTER_WEIGHTS | {"norm", "attention_norm", "ff_norm", "query", "weights", "static_alpha", "static_beta"}
 MIXING |= {"alpha", "beta", "alpha_scale", "beta_scale"}
 
@@ -33,6 +34,7 @@ class OptimConfig:
         optimizer: "adamw", or "adafactor", which the paper used.
         learning_rate: Peak value. Adafactor multiplies it by the root mean square of each parameter, layer by layer.
         router_scale: Learning rate of LIMe's routers relative to that of all other parameters.
+        router_decay: Decoupled weight decay of LIMe's routers, times their learning rate; the paper has none.
         schedule: After the warm-up: "constant", "cosine" or "linear" down to `final_scale` of the peak.
         warmup_steps: Steps of linear rise to the peak, the first at 1 / `warmup_steps` of it.
         decay_steps: Step at which the decay ends, warm-up included; None is the last step of the run. Give it
@@ -49,6 +51,7 @@ class OptimConfig:
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     learning_rate: float = 1e-3
     router_scale: float = 10.0
+    router_decay: float = 0.0
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     warmup_steps: int = 0
     decay_steps: int | None = None
@@ -63,6 +66,7 @@ class OptimConfig:
         check_types(self)
         _require(self, "learning_rate", self.learning_rate > 0, "above 0")
         _require(self, "router_scale", self.router_scale > 0, "above 0")
+        _require(self, "router_decay", self.router_decay >= 0, "at least 0")
         _require(self, "warmup_steps", self.warmup_steps >= 0, "at least 0")
         good = self.decay_steps is None or self.decay_steps >= 1
         _require(self, "decay_steps", good, "at least 1, or None")
@@ -144,7 +148,9 @@ def _by_layer(blocks: optax.GradientTransformation) -> optax.GradientTransformat
     return optax.GradientTransformation(blocks.init, update)
 
 
-def _adafactor(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+def _adafactor(
+    config: OptimConfig, schedule: optax.Schedule, decay: float, mask: Callable[[Any], Any]
+) -> optax.GradientTransformation:
     # Not optax.adafactor: it has no upper limit for the second moment's decay, which the paper gives as 0.99,
     # its weight decay ignores the learning rate, and it would clip and scale all layers of a stack by the size that
     # they have together. Without these three the updates are the same (a test compares them). Second moments are
@@ -157,7 +163,7 @@ def _adafactor(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientT
         _by_layer(optax.clip_by_block_rms(1.0)),
         _by_layer(optax.scale_by_param_block_rms()),
         optax.ema(config.b1, debias=False) if config.b1 else optax.identity(),
-        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        optax.add_decayed_weights(decay, mask=mask),
         optax.scale_by_learning_rate(schedule),
     )
 
@@ -169,7 +175,13 @@ def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTrans
     def for_routers(step: Any) -> Any:
         return config.router_scale * schedule(step)
 
-    groups = {"router": _update(config, for_routers), "other": _update(config, schedule)}
+    def all_of(params: Any) -> Any:
+        return jax.tree.map(lambda _: True, params)
+
+    groups = {
+        "router": _update(config, for_routers, config.router_decay, all_of),
+        "other": _update(config, schedule, config.weight_decay, decay_mask),
+    }
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     return optax.chain(clip, optax.partition(groups, parameter_groups)), schedule
 
@@ -183,14 +195,16 @@ def parameter_groups(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(group, params)
 
 
-def _update(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+def _update(
+    config: OptimConfig, schedule: optax.Schedule, decay: float, mask: Callable[[Any], Any]
+) -> optax.GradientTransformation:
     if config.optimizer == "adafactor":
-        return _adafactor(config, schedule)
+        return _adafactor(config, schedule, decay, mask)
     return optax.adamw(
         schedule,
         b1=config.b1,
         b2=config.b2,
         eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=decay_mask,
+        weight_decay=decay,
+        mask=mask,
     )

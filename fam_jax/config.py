@@ -77,6 +77,8 @@ class DecoderConfig:
         attention_bias: Queries, keys and values have a bias.
         post_norms: RMSNorm on what attention and feed-forward give, before it is added, besides that on what they get.
         qk_norm: RMSNorm on queries and keys, after mixing and before the rotation.
+        kv_init: Weights of keys and values begin this many times as large as those of queries. LIMe's published code
+            begins them at 0.64 of what its baseline has (uniform up to 1 / sqrt(d_model), against 0.02 at width 2,048).
         tie_embeddings: Reuse the embedding as output weights.
         attention_softcap: Attention scores s become c tanh(s / c); None leaves them.
         logit_softcap: The same of the output logits.
@@ -114,6 +116,7 @@ class DecoderConfig:
     attention_bias: bool = False
     post_norms: bool = False
     qk_norm: bool = False
+    kv_init: float = 1.0
     tie_embeddings: bool = True
     attention_softcap: float | None = None
     logit_softcap: float | None = None
@@ -165,6 +168,7 @@ class DecoderConfig:
             raise ValueError(f"DecoderConfig.sharding={self.sharding!r} is not allowed; give ShardingRules")
         check_real(name, "rope_base", self.rope_base, 1.0)
         check_real(name, "norm_eps", self.norm_eps, 0.0)
+        check_real(name, "kv_init", self.kv_init, 0.0)
         for field in ("attention_softcap", "logit_softcap"):
             if getattr(self, field) is not None:
                 check_real(name, field, getattr(self, field), 1e-3)

@@ -39,7 +39,8 @@ class LimeConfig:
         same_head: A head reads only the head of its number in other layers. For static_kv and dynamic_kv.
         separate_kv: Keys and values have a router each. For static_kv and dynamic_kv.
         init: Of the weights of other layers in static_kv and dynamic_kv, the own layer's being the identity:
-            "random" as in the paper, or "zeros", which starts exactly at the model without mixing.
+            "random" as in the paper, or "zeros", which starts exactly at the model without mixing. "all_random" draws
+            the own layer's, too, which the paper found worse.
         activation: Of dynamic_views: "softmax" or "relu".
         backward: How gradients are had under a scan over layers without memory quadratic in depth. "write_once"
             keeps each layer's input and every layer's sources once, and recomputes the layer. "rebuild" keeps only
@@ -62,7 +63,7 @@ class LimeConfig:
             raise ValueError(
                 f"LimeConfig.sources={self.sources!r} is not known; give 'all', 'first:k' or 'last:k', k at least 1"
             )
-        _check_choice(name, "init", self.init, ("random", "zeros"))
+        _check_choice(name, "init", self.init, ("random", "zeros", "all_random"))
         _check_choice(name, "activation", self.activation, ("softmax", "relu"))
         _check_choice(name, "backward", self.backward, ("write_once", "rebuild", "push"))
         for field, default, routers in (

@@ -84,8 +84,9 @@ class StaticKV(_KeyValueRouter):
         identity = self._identity()
         fan_in = self.mask.sum(1, keepdims=True) * (1 if self.config.same_head else self.shape.num_kv_heads)
         bound = self._spread(np.sqrt(3 / fan_in))
-        others = uniform(key, identity.shape, bound, jnp.float32) if self.config.init == "random" else 0.0
-        router = jnp.where(self._spread(np.eye(self.shape.num_layers, dtype=bool)), identity, others)
+        drawn = 0.0 if self.config.init == "zeros" else uniform(key, identity.shape, bound, jnp.float32)
+        own = self._spread(np.eye(self.shape.num_layers, dtype=bool))
+        router = drawn if self.config.init == "all_random" else jnp.where(own, identity, drawn)
         return {"layers": {"router": jnp.where(self._live(), router, 0).astype(dtype)}}
 
     def effective(self, params: Params) -> Params:

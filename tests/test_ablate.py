@@ -9,11 +9,12 @@ import pytest
 import tiny_run
 from train_helpers import ROOT, trace_step
 
-from experiments import ablate, ablations, evaluate, results
-from experiments.ablations import arithmetic
+from experiments import ablate, ablations, analyze, evaluate, results
+from experiments.ablations import arithmetic, lime_entropy
 from experiments.command import modules
 from experiments.config import check
 from experiments.data.passkey import PasskeyData
+from experiments.train import train
 from lime_jax import LimeConfig
 
 STEPS = 4
@@ -64,7 +65,7 @@ def test_all_arms_and_seeds_are_run_once(options, compile_cache, monkeypatch):
         ({"row": "arithmetic", "rows": ("core",)}, "give a row, or several as --rows"),
         ({"row": "nothing"}, "row='nothing' is not known; there are arithmetic"),
         ({"rows": ("arithmetic", "nothing")}, "row='nothing' is not known; there are arithmetic"),
-        ({"row": "arithmetic", "size": "huge"}, "size='huge' is not known; arithmetic has cpu, paper"),
+        ({"row": "arithmetic", "size": "huge"}, "size='huge' is not known; arithmetic has cpu, cpu-long, paper"),
     ],
 )
 def test_rows_that_are_not_known_are_named(change, message):
@@ -102,7 +103,8 @@ def test_configs_of_all_rows(name, size, monkeypatch, tmp_path):
     row = ablate.load(name)
     assert f"python -m experiments.ablate {name} --size" in row.__doc__
     assert isinstance(row.CORE, bool)
-    options = evaluate.Options(tmp_path, **row.evaluation(size))
+    settings = row.evaluation(size)
+    options = (analyze if "what" in settings else evaluate).Options(tmp_path, **settings)
     for arm, config in row.arms(size).items():
         results.check_name(arm)
         if config.init_from is not None:  # its tokenizer lies beside a model that must be there first
@@ -110,7 +112,8 @@ def test_configs_of_all_rows(name, size, monkeypatch, tmp_path):
             if isinstance(config.data, PasskeyData):
                 config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer="words"))
         check(config)
-        evaluate._check_options(options, evaluate._fits(config)[0], "")
+        if "what" not in settings:
+            evaluate._check_options(options, evaluate._fits(config)[0], "")
 
 
 @pytest.mark.slow
@@ -133,6 +136,20 @@ def test_arms_differ_in_mixing_and_learning_rate_alone(size):
         return dataclasses.replace(config, name="same", model=model, optim=optim)
 
     assert rest(baseline) == rest(mixed)
+
+
+def test_a_row_can_analyse_the_runs_of_another(options, compile_cache, monkeypatch):
+    ablate.run("arithmetic", options)
+    monkeypatch.setattr(lime_entropy, "arms", tiny_arms)
+    monkeypatch.setattr(lime_entropy, "RUNS_OF", "arithmetic")
+    monkeypatch.setattr(lime_entropy, "evaluation", lambda size: {"what": "entropy", "sequences": 4})
+    trained = []
+    monkeypatch.setattr(ablate, "train", lambda config: trained.append(train(config)) or trained[-1])
+    result, _ = ablate.run("lime_entropy", options)
+    assert not any(one.metrics for one in trained)  # no step was made
+    assert result.kind == "entropy"
+    assert {curve["label"].partition(",")[0] for curve in result.values["curves"]} == {"baseline", "LIMe"}
+    assert ablate.run("lime_entropy", options)[0].values == result.values
 
 
 def test_command_line():

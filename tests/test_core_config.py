@@ -3,10 +3,13 @@
 import dataclasses
 import pickle
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from reference import SIZES, decoder_config, fam_config
 
-from fam_jax import DecoderConfig, MemoryConfig
+from fam_jax import Decoder, DecoderConfig, MemoryConfig, presets
 from fam_jax.rope import RopeScaling
 from lime_jax import LimeConfig
 
@@ -113,6 +116,7 @@ BAD_DECODER = [
     ("rope_base", NAN),
     ("norm_eps", -1e-6),
     ("norm_eps", NAN),
+    ("kv_init", -1.0),
     ("dtype", "float7"),
     ("dtype", "int32"),
     ("param_dtype", "int32"),
@@ -216,3 +220,14 @@ def test_configs_are_frozen_values():
         config.d_model = 32
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.memory.segments = 2
+
+
+def test_kv_init_scales_what_keys_and_values_begin_with_alone():
+    def start(**changes):
+        config = dataclasses.replace(presets.tiny(), **changes)
+        return Decoder(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]["layers"]
+
+    plain, small = start(), start(kv_init=0.5)
+    for name, weight in plain.items():
+        scale = 0.5 if name in ("wk", "wv") else 1.0
+        np.testing.assert_allclose(small[name], scale * weight, rtol=1e-6)

@@ -92,8 +92,26 @@ def test_several_questions_are_asked_in_training_and_one_in_measuring():
         questions = re.fullmatch(r"\.*\?(\w\w):(\w\w)\?(\w\w):(\w\w)\?(\w\w):(\w\w)", blocks[-1]).groups()
         assert [pairs[key] for key in questions[::2]] == list(questions[1::2])
         assert answers == "".join(questions[1::2])  # these alone count
+    _, rows = rows_of(3, asked=3, block_size=24)
+    for blocks, _ in rows:  # each pair is asked for once
+        assert len(set(re.findall(r"\?(\w\w)", blocks[-1]))) == 3
     batches = [task.sample(np.random.default_rng(0), 2, 6)["weights"] for task in map(config.task, ("train", "test"))]
     assert [weights.sum() for weights in batches] == [12, 4]
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_without_marks_values_stand_right_after_their_keys(length):
+    sizes = {"key_length": length, "value_length": length, "asked": 3}
+    config, rows = rows_of(9, **sizes, marks=False, block_size=18, filler=1)
+    for blocks, answers in rows:
+        text = "".join(blocks[: -config.filler - 1]).replace(".", "")
+        parts = [text[at : at + length] for at in range(0, len(text), length)]
+        pairs = dict(zip(parts[::2], parts[1::2], strict=True))
+        assert len(pairs) == 9
+        questions = blocks[-1].strip(".").split("?")[1:]
+        assert [pairs[asked[:length]] for asked in questions] == [asked[length:] for asked in questions]
+        assert answers == "".join(asked[length:] for asked in questions)
+        assert blocks[-2] == "." * 18
 
 
 def test_overwritten_values_are_wrong_answers():

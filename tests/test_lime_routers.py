@@ -69,7 +69,9 @@ def test_number_of_router_weights():
         num_router_weights(decoder_config(mixing=LimeConfig("dynamic_views")))
 
 
-@pytest.mark.parametrize("change", [{}, {"same_head": True}, {"separate_kv": True}, {"sources": "last:3"}])
+@pytest.mark.parametrize(
+    "change", [{}, {"same_head": True}, {"separate_kv": True}, {"sources": "last:3"}, {"init": "all_random"}]
+)
 def test_start_of_the_router(change):
     """The own layer's block is the identity, others are uniform of variance 1 / (sources * heads)."""
     shape = SHAPE._replace(num_kv_heads=32, num_layers=8)
@@ -83,7 +85,7 @@ def test_start_of_the_router(change):
     for layer in range(1, 8):
         for j in range(8):
             block = router[layer][:, :, j]
-            if j == layer:
+            if j == layer and config.init != "all_random":
                 np.testing.assert_array_equal(block, np.broadcast_to(np.eye(32), block.shape))
             elif not mask[layer, j]:
                 assert not block.any()
@@ -134,7 +136,7 @@ def test_a_layer_reads_only_live_slots():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_routers_learn_faster_and_do_not_decay(optimizer):
+def test_routers_learn_faster_and_decay_only_if_told(optimizer):
     config = decoder_config(mixing=LimeConfig("dynamic_kv"), dtype="float32", param_dtype="float32")
     params = jax.tree.map(jnp.asarray, params_of(config))
     groups = parameter_groups(params)
@@ -154,6 +156,11 @@ def test_routers_learn_faster_and_do_not_decay(optimizer):
         a, b, c = (u["mixing"]["layers"][name] for u in (fast, plain, undecayed))
         assert_close(a, 10 * b, 1e-5)
         np.testing.assert_array_equal(a, c)
+    decayed = updates(dataclasses.replace(settings, router_decay=0.1))
+    for name in ("router", "token"):
+        lost = np.asarray(decayed["mixing"]["layers"][name] - fast["mixing"]["layers"][name])
+        np.testing.assert_allclose(lost, -0.1 * 0.1 * params["mixing"]["layers"][name], rtol=1e-3, atol=1e-6)
+    np.testing.assert_array_equal(decayed["layers"]["wq"], fast["layers"]["wq"])
     np.testing.assert_array_equal(fast["layers"]["wq"], plain["layers"]["wq"])
     assert np.any(np.asarray(fast["layers"]["wq"] != undecayed["layers"]["wq"]))
     assert np.isfinite(float(optax.tree.norm(fast)))

@@ -26,10 +26,45 @@ def with_data(config: TrainConfig, **changes: Any) -> TrainConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
 
 
+def with_optim(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """The config with other fields of its optimiser."""
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, **changes))
+
+
 def with_memory(config: TrainConfig, **changes: Any) -> TrainConfig:
     """The config with other fields of its memory."""
     assert config.model.memory is not None
     return with_model(config, memory=dataclasses.replace(config.model.memory, **changes))
+
+
+def memory_arms(base: TrainConfig) -> dict[str, TrainConfig]:
+    """The arms that tasks of memory share, from that of FAM: the same model and data with another memory, or none.
+
+    `static-query` has rows that read the memory before them, but ask the same at each block. RMT has as many rows, and
+    no place for FAM's limit and noise.
+    """
+    top = with_model(base, schedule="block")
+    return {
+        "FAM": base,
+        "window": with_memory(base, **NO_FAM),
+        "static-query": with_memory(base, kind="summary"),
+        "RMT": with_memory(top, kind="rmt", clip=None, noise=0.0, rsp=0.0),
+        "full": with_model(base, memory=None),
+    }
+
+
+def small_pairs(base: TrainConfig, steps: int, **data: Any) -> TrainConfig:
+    """A task of key-value pairs that two layers of width 64 learn in minutes.
+
+    Values stand right after their keys, of 16 symbols; heads are wide, so that some of their planes turn fast enough to
+    find the token before and others slowly enough to find a key wherever it stands. No blocks of filler are needed, as
+    the models see no past blocks.
+    """
+    shape = {"num_layers": 2, "d_model": 64, "num_heads": 2, "num_kv_heads": 2, "head_dim": 32, "d_ff": 256}
+    small = with_model(base, **shape, scan_layers=False)
+    small = with_data(small, symbols=16, marks=False, filler=0, batch_size=32, threshold=0.7, **data)
+    small = with_optim(small, learning_rate=3e-3, warmup_steps=100)
+    return dataclasses.replace(small, steps=steps, checkpoint_every=0)
 
 
 def passkey_base(size: str) -> TrainConfig:

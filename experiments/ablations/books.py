@@ -6,8 +6,6 @@ Paper (1B, next-token accuracy on PG-19): M0 43.0, M1 46.4, M2 46.6, M4 45.8, FA
 window needs one past block and gains little from more, and FAM adds half a point. Ours: experiments/README.md.
 """
 
-from typing import Any
-
 from experiments.ablations._bases import NO_FAM, books_base, books_evaluation, with_memory
 from experiments.config import TrainConfig
 
@@ -22,6 +20,4 @@ def arms(size: str) -> dict[str, TrainConfig]:
     return {**made, **{f"FAM-M{segments}": with_memory(base, segments=segments) for segments in (0, 1, 3)}}
 
 
-def evaluation(size: str) -> dict[str, Any]:
-    """How all arms are measured."""
-    return books_evaluation(size)
+evaluation = books_evaluation

@@ -5,8 +5,6 @@ python -m experiments.ablate books_rope_base --size cpu
 Paper (PG-19, 1B): 10,000 is a good value even for long contexts, of 100 to 100,000. Ours: experiments/README.md.
 """
 
-from typing import Any
-
 from experiments.ablations._bases import books_base, books_evaluation, with_model
 from experiments.config import TrainConfig
 
@@ -20,6 +18,4 @@ def arms(size: str) -> dict[str, TrainConfig]:
     return {f"base-{number}": with_model(base, rope_base=float(number)) for number in (100, 1000, 10_000, 100_000)}
 
 
-def evaluation(size: str) -> dict[str, Any]:
-    """How all arms are measured."""
-    return books_evaluation(size)
+evaluation = books_evaluation

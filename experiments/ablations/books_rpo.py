@@ -7,8 +7,6 @@ moved along (`before`) no effect is expected; with the prompt at 0 to N-1 (`pinn
 experiments/README.md.
 """
 
-from typing import Any
-
 from experiments.ablations._bases import books_base, books_evaluation, with_memory
 from experiments.config import TrainConfig
 
@@ -27,6 +25,4 @@ def arms(size: str) -> dict[str, TrainConfig]:
     }
 
 
-def evaluation(size: str) -> dict[str, Any]:
-    """How all arms are measured."""
-    return books_evaluation(size)
+evaluation = books_evaluation

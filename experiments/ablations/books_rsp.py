@@ -7,7 +7,6 @@ documents on from step to step in its place, which the paper calls ideal. Ours: 
 """
 
 import dataclasses
-from typing import Any
 
 from experiments.ablations._bases import books_base, books_evaluation, with_memory
 from experiments.config import TrainConfig
@@ -33,6 +32,4 @@ def arms(size: str) -> dict[str, TrainConfig]:
     }
 
 
-def evaluation(size: str) -> dict[str, Any]:
-    """How all arms are measured."""
-    return books_evaluation(size)
+evaluation = books_evaluation

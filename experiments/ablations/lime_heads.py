@@ -6,8 +6,6 @@ The paper mixes all heads of all layers by one router for both; it has no number
 experiments/README.md.
 """
 
-from typing import Any
-
 from experiments.ablations._bases import layers_base, layers_evaluation, with_model
 from experiments.config import TrainConfig
 from lime_jax import LimeConfig
@@ -23,6 +21,4 @@ def arms(size: str) -> dict[str, TrainConfig]:
     return {"none": base, **{name: with_model(base, mixing=mixing) for name, mixing in made.items()}}
 
 
-def evaluation(size: str) -> dict[str, Any]:
-    """How all arms are measured."""
-    return layers_evaluation(size)
+evaluation = layers_evaluation

@@ -6,8 +6,6 @@ Paper, perplexity: 16.46 without and 15.93 with LIMe at 150M (0.033 nats), 0.012
 DenseFormer between. Ours: experiments/README.md.
 """
 
-from typing import Any
-
 from experiments.ablations._bases import layers_base, layers_evaluation, with_model
 from experiments.config import TrainConfig
 from lime_jax import (
@@ -38,6 +36,4 @@ def arms(size: str) -> dict[str, TrainConfig]:
     return {name: with_model(base, mixing=one) for name, one in mixing.items()}
 
 
-def evaluation(size: str) -> dict[str, Any]:
-    """How all arms are measured."""
-    return layers_evaluation(size)
+evaluation = layers_evaluation

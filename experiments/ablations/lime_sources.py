@@ -6,8 +6,6 @@ Paper, perplexity at 150M relative to all layers (15.93): first two +0.30 %, fir
 +2.22, none and the fixed average +3.36. Ours: experiments/README.md.
 """
 
-from typing import Any
-
 from experiments.ablations._bases import layers_base, layers_evaluation, with_model
 from experiments.config import TrainConfig
 from lime_jax import LimeConfig
@@ -24,6 +22,4 @@ def arms(size: str) -> dict[str, TrainConfig]:
     return {"none": base, **made, "average": with_model(base, mixing=LimeConfig(router="average"))}
 
 
-def evaluation(size: str) -> dict[str, Any]:
-    """How all arms are measured."""
-    return layers_evaluation(size)
+evaluation = layers_evaluation

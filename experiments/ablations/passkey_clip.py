@@ -5,8 +5,6 @@ python -m experiments.ablate passkey_clip --size cpu
 The residual lets the FAM grow from block to block, until what is added is lost in it. Ours: experiments/README.md.
 """
 
-from typing import Any
-
 from experiments.ablations._bases import PASSKEY_SIZES, passkey_base, passkey_evaluation, with_memory
 from experiments.config import TrainConfig
 
@@ -21,6 +19,4 @@ def arms(size: str) -> dict[str, TrainConfig]:
     return {"none" if limit is None else f"clip-{limit:g}": with_memory(base, clip=limit) for limit in limits}
 
 
-def evaluation(size: str) -> dict[str, Any]:
-    """How all arms are measured."""
-    return passkey_evaluation(size)
+evaluation = passkey_evaluation

@@ -5,8 +5,6 @@ python -m experiments.ablate passkey_fam_length --size cpu
 Paper: best at 64 rows for blocks of 1,024, worse beyond. Here a block has 16 words. Ours: experiments/README.md.
 """
 
-from typing import Any
-
 from experiments.ablations._bases import PASSKEY_SIZES, passkey_base, passkey_evaluation, with_memory
 from experiments.config import TrainConfig
 
@@ -20,6 +18,4 @@ def arms(size: str) -> dict[str, TrainConfig]:
     return {f"N{rows}": with_memory(base, fam_length=rows) for rows in (1, 2, 4, 8, 16)}
 
 
-def evaluation(size: str) -> dict[str, Any]:
-    """How all arms are measured."""
-    return passkey_evaluation(size)
+evaluation = passkey_evaluation

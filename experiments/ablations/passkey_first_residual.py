@@ -6,8 +6,6 @@ Paper: the first update has a residual of zero, as the prompt holds no context y
 alternative. Ours: experiments/README.md.
 """
 
-from typing import Any
-
 from experiments.ablations._bases import PASSKEY_SIZES, passkey_base, passkey_evaluation, with_memory
 from experiments.config import TrainConfig
 
@@ -21,6 +19,4 @@ def arms(size: str) -> dict[str, TrainConfig]:
     return {"zero": base, "fam": with_memory(base, first_residual="fam")}
 
 
-def evaluation(size: str) -> dict[str, Any]:
-    """How all arms are measured."""
-    return passkey_evaluation(size)
+evaluation = passkey_evaluation

@@ -7,8 +7,6 @@ then saturates, reaches far less than layers x segments, and a gradient that is 
 further (M1-SG). At `cpu` and `gpu`, FAM has our limit to its size and noise. Ours: experiments/README.md.
 """
 
-from typing import Any
-
 from experiments.ablations._bases import NO_FAM, PASSKEY_SIZES, passkey_base, passkey_evaluation, with_memory
 from experiments.config import TrainConfig
 
@@ -25,6 +23,4 @@ def arms(size: str) -> dict[str, TrainConfig]:
     return {**made, "FAM": base}
 
 
-def evaluation(size: str) -> dict[str, Any]:
-    """How all arms are measured."""
-    return passkey_evaluation(size)
+evaluation = passkey_evaluation

@@ -6,8 +6,6 @@ What is held has to survive a disturbance of so many times its size after every 
 small drifts do not leave. Ours: experiments/README.md.
 """
 
-from typing import Any
-
 from experiments.ablations._bases import PASSKEY_SIZES, passkey_base, passkey_evaluation, with_memory
 from experiments.config import TrainConfig
 
@@ -21,6 +19,4 @@ def arms(size: str) -> dict[str, TrainConfig]:
     return {f"noise-{s:g}": with_memory(base, noise=s) for s in (0.0, 0.05, 0.1, 0.2, 0.4)}
 
 
-def evaluation(size: str) -> dict[str, Any]:
-    """How all arms are measured."""
-    return passkey_evaluation(size)
+evaluation = passkey_evaluation

@@ -6,8 +6,6 @@ Paper: the block's last slots are better than fractions, and these than zero. `o
 row asks from where it was and not from where it will be. Ours: experiments/README.md.
 """
 
-from typing import Any
-
 from experiments.ablations._bases import PASSKEY_SIZES, passkey_base, passkey_evaluation, with_memory
 from experiments.config import TrainConfig
 
@@ -26,6 +24,4 @@ def arms(size: str) -> dict[str, TrainConfig]:
     }
 
 
-def evaluation(size: str) -> dict[str, Any]:
-    """How all arms are measured."""
-    return passkey_evaluation(size)
+evaluation = passkey_evaluation

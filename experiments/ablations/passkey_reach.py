@@ -11,7 +11,7 @@ filler is the harder one, are measured on the filler that repeats. Ours: experim
 import dataclasses
 from typing import Any
 
-from experiments.ablations._bases import with_data, with_memory, with_model
+from experiments.ablations._bases import with_data, with_memory, with_model, with_optim
 from experiments.config import TrainConfig
 from experiments.configs import passkey
 
@@ -21,10 +21,7 @@ CORE = False
 
 def arms(size: str) -> dict[str, TrainConfig]:
     """The configs by arm."""
-    base = dataclasses.replace(passkey.config(), steps=3000, checkpoint_every=1000)
-
-    def with_optim(**changes: Any) -> TrainConfig:
-        return dataclasses.replace(base, optim=dataclasses.replace(base.optim, **changes))
+    base = dataclasses.replace(passkey.config(), steps=1800, checkpoint_every=600)
 
     return {
         "base": base,
@@ -38,8 +35,8 @@ def arms(size: str) -> dict[str, TrainConfig]:
         "blocks-64": with_data(base, blocks=(5, 8, 16, 32, 64)),
         "key-first": with_data(base, depth="first"),
         "decoys": with_data(base, filler="decoys"),
-        "decay-0.1": with_optim(weight_decay=0.1),
-        "rate-1.5e-3": with_optim(learning_rate=1.5e-3),
+        "decay-0.1": with_optim(base, weight_decay=0.1),
+        "rate-1.5e-3": with_optim(base, learning_rate=1.5e-3),
     }
 
 

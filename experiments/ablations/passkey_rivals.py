@@ -8,8 +8,6 @@ trained badly. All arms have as many rows and no past blocks but FM; FAM's limit
 rivals have no place for, are off in all, and `FAM-noise` shows FAM with both. Ours: experiments/README.md.
 """
 
-from typing import Any
-
 from experiments.ablations._bases import PASSKEY_SIZES, passkey_base, passkey_evaluation, with_memory, with_model
 from experiments.config import TrainConfig
 from experiments.data.passkey import PasskeyData
@@ -37,6 +35,4 @@ def arms(size: str) -> dict[str, TrainConfig]:
     }
 
 
-def evaluation(size: str) -> dict[str, Any]:
-    """How all arms are measured."""
-    return passkey_evaluation(size)
+evaluation = passkey_evaluation

@@ -7,8 +7,6 @@ never the one that is asked for, so that here it may as well teach to distrust o
 same end, is off in all arms. Ours: experiments/README.md.
 """
 
-from typing import Any
-
 from experiments.ablations._bases import PASSKEY_SIZES, passkey_base, passkey_evaluation, with_memory
 from experiments.config import TrainConfig
 
@@ -22,6 +20,4 @@ def arms(size: str) -> dict[str, TrainConfig]:
     return {f"RSP-{p:g}": with_memory(base, rsp=p) for p in (0.0, 0.1, 0.5, 0.8, 0.95)}
 
 
-def evaluation(size: str) -> dict[str, Any]:
-    """How all arms are measured."""
-    return passkey_evaluation(size)
+evaluation = passkey_evaluation

@@ -6,8 +6,6 @@ Paper (other tasks): tokens that see the FAM after each of the last 2 to 6 block
 layer is worse than a prompt that climbs the layers. FAM in some layers only is not told. Ours: experiments/README.md.
 """
 
-from typing import Any
-
 from experiments.ablations._bases import PASSKEY_SIZES, passkey_base, passkey_evaluation, with_memory
 from experiments.config import TrainConfig
 
@@ -29,6 +27,4 @@ def arms(size: str) -> dict[str, TrainConfig]:
     }
 
 
-def evaluation(size: str) -> dict[str, Any]:
-    """How all arms are measured."""
-    return passkey_evaluation(size)
+evaluation = passkey_evaluation

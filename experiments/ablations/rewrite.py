@@ -2,14 +2,13 @@ r"""Pairs one to a block whose keys repeat: the last value counts (ARMT, arXiv 2
 
 python -m experiments.ablate rewrite --size gpu
 
-`remember` has different keys throughout, `rewrite` four keys that are written again and again. Ours:
-experiments/README.md.
+`remember` has different keys throughout, `rewrite` four keys that are written again and again. `cpu` has what makes two
+layers learn it in minutes, as in `retrieval`. Ours: experiments/README.md.
 """
 
-import dataclasses
 from typing import Any
 
-from experiments.ablations._bases import NO_FAM, with_data, with_memory, with_model
+from experiments.ablations._bases import memory_arms, small_pairs, with_data, with_memory
 from experiments.config import TrainConfig
 from experiments.configs import rewrite
 
@@ -21,14 +20,10 @@ def arms(size: str) -> dict[str, TrainConfig]:
     """The configs by arm."""
     base = rewrite.config()
     if size == "cpu":
-        small = with_model(base, d_model=64, num_layers=2, head_dim=16, d_ff=256, scan_layers=False)
-        small = with_data(small, pairs=(1, 2, 3, 5, 10), batch_size=32)
-        base = dataclasses.replace(small, steps=2500, checkpoint_every=0)
+        base = small_pairs(with_memory(base, block_size=16), steps=2500, block_size=16, pairs=(3, 5, 10), asked=3)
     made: dict[str, TrainConfig] = {}
     for name, live in (("remember", 0), ("rewrite", 4)):
-        one = with_data(base, live=live)
-        made |= {f"FAM-{name}": one, f"window-{name}": with_memory(one, **NO_FAM)}
-        made[f"full-{name}"] = with_model(one, memory=None)
+        made |= {f"{arm}-{name}": config for arm, config in memory_arms(with_data(base, live=live)).items()}
     return made
 
 

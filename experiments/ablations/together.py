@@ -5,8 +5,6 @@ python -m experiments.ablate together --size cpu
 Ours: experiments/README.md.
 """
 
-from typing import Any
-
 from experiments.ablations._bases import NO_FAM, books_base, books_evaluation, with_memory, with_model
 from experiments.config import TrainConfig
 from lime_jax import LimeConfig
@@ -27,6 +25,4 @@ def arms(size: str) -> dict[str, TrainConfig]:
     }
 
 
-def evaluation(size: str) -> dict[str, Any]:
-    """How all arms are measured."""
-    return books_evaluation(size)
+evaluation = books_evaluation

@@ -5,8 +5,6 @@ python -m experiments.ablate transformer_xl --size cpu
 Paper (PG-19, 1B): 46.4 and 46.1, no meaningful difference, nor on other tasks. Ours: experiments/README.md.
 """
 
-from typing import Any
-
 from experiments.ablations._bases import NO_FAM, books_base, books_evaluation, with_memory
 from experiments.config import TrainConfig
 
@@ -21,6 +19,4 @@ def arms(size: str) -> dict[str, TrainConfig]:
     return {"M1": base, "XL": with_memory(base, window=base.model.memory.block_size)}
 
 
-def evaluation(size: str) -> dict[str, Any]:
-    """How all arms are measured."""
-    return books_evaluation(size)
+evaluation = books_evaluation

@@ -1,6 +1,7 @@
 """Key-value pairs, and after them the question for the value of one key (GradMem, arXiv 2603.13875; ARMT, 2407.04841).
 
     !aX:7q!!0k:Bz!..!c9:1m!...............  ................?0k:Bz
+    aX7q0kBzc91m....  ...........?0kBz                                          (without marks)
 
 Whole pairs stand at the beginning of blocks, the rest of which is filled up; blocks of filler follow, and one block
 with the question at its end. There must be so much filler that nothing of the pairs comes to the question through the
@@ -42,11 +43,15 @@ class PairsData(LevelData):
       per_block: pairs in a block; 0 is as many as fit.
       live: so many different keys in a row, of which each pair writes any one; 0: all pairs have different keys.
       filler: blocks between the last pair and the block with the question.
-      asked: questions of a training row, one after another in its last block, of pairs that may be the same. More teach
-        sooner, since all else has no loss. What is measured is always one question.
+      asked: questions of a training row, one after another in its last block. More teach sooner, since all else has no
+        loss. They are of different pairs if there are so many: a question that comes again is answered by the one
+        before, which needs no memory. What is measured is always one question.
       key_length: symbols of a key.
       value_length: symbols of a value.
       symbols: different ones, of the letters and digits.
+      marks: pairs have marks around them and between key and value, as in GradMem. Without, a value stands right after
+        its key, as in Zoology's recall (arXiv 2312.04927): a layer that looks at the token before is then enough to
+        tell whose value it is, which small models learn much sooner.
       threshold: exact match at the most pairs reached, mean over ten batches, that adds the next number.
       batch_size: rows of a batch.
       seed: of the samples.
@@ -60,6 +65,7 @@ class PairsData(LevelData):
     key_length: int = 2
     value_length: int = 2
     symbols: int = len(SYMBOLS)
+    marks: bool = True
 
     kind = "pairs"
     title = "key-value"
@@ -95,12 +101,12 @@ class PairsData(LevelData):
     @property
     def pair_tokens(self) -> int:
         """Tokens of a pair with its marks."""
-        return self.key_length + self.value_length + 3
+        return self.key_length + self.value_length + 3 * self.marks
 
     @property
     def question_tokens(self) -> int:
         """Tokens of a question with its marks and its answer."""
-        return self.key_length + self.value_length + 2
+        return self.key_length + self.value_length + 1 + self.marks
 
     @property
     def held(self) -> int:
@@ -174,13 +180,15 @@ class Pairs(LevelTask):
         keys = np.take_along_axis(pool, which, axis=1)[..., None] // places % config.symbols
         values = rng.integers(config.symbols, size=(rows, level, config.value_length))
 
-        asked = np.take_along_axis(which, rng.integers(level, size=(rows, config.asked)), axis=1)
+        order = np.tile(np.arange(-(-config.asked // level) * level) % level, (rows, 1))
+        asked = np.take_along_axis(which, rng.permuted(order, axis=1)[:, : config.asked], axis=1)
         same = which[:, None] == asked[..., None]
         last = level - 1 - np.argmax(same[..., ::-1], axis=2)  # of the pairs with the key, the last one counts
         row = np.arange(rows)[:, None]
-        questions = self._joined(ASK, keys[row, last], ARROW, values[row, last])
+        edge, arrow = ([EDGE], [ARROW]) if config.marks else ([], [])
+        questions = self._joined(ASK, keys[row, last], *arrow, values[row, last])
 
-        pairs = self._joined(EDGE, keys, ARROW, values, EDGE)
+        pairs = self._joined(*edge, keys, *arrow, values, *edge)
         filler = self.tokenizer.ids[FILLER]
         blocks = -(-level // config.held)
         cells = np.full((rows, blocks * config.held, config.pair_tokens), filler)
@@ -192,7 +200,8 @@ class Pairs(LevelTask):
         width = config.asked * config.question_tokens
         ids[:, -width:] = questions.reshape(rows, width)
         weights = np.zeros(ids.shape, np.float32)
-        weights[:, -width:] = np.tile(np.arange(config.question_tokens) >= config.key_length + 2, config.asked)
+        answer = np.arange(config.question_tokens) >= config.question_tokens - config.value_length
+        weights[:, -width:] = np.tile(answer, config.asked)
         weights = weights[:, 1:]
         return {"tokens": ids[:, :-1], "targets": ids[:, 1:], "weights": weights}
 
