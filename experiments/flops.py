@@ -90,10 +90,11 @@ def count(fn: Callable[..., Any], *args: Any) -> int:
         ValueError: There are products in a `while` loop, whose length is unknown (`jax.lax.fori_loop` with constant
             bounds is a scan), or a kernel or a factorisation whose operations a jaxpr does not show.
     """
-    return _count(jax.make_jaxpr(fn)(*args).jaxpr)
+    return count_jaxpr(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
-def _count(jaxpr: Jaxpr) -> int:
+def count_jaxpr(jaxpr: Jaxpr) -> int:
+    """`count` of what has been traced already."""
     return sum(_count_equation(equation) for equation in jaxpr.eqns)
 
 
@@ -109,7 +110,7 @@ def _count_equation(equation: Any) -> int:
         raise ValueError(
             f"the operations of {name} cannot be read off a jaxpr; count a reference implementation instead"
         )
-    inner = [_count(jaxpr) for jaxpr in _inner(params)]
+    inner = [count_jaxpr(jaxpr) for jaxpr in _inner(params)]
     if name == "scan":
         return params["length"] * sum(inner)
     if name == "cond":

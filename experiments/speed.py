@@ -110,21 +110,23 @@ def build(cell: Cell) -> None:
     """Compiles a cell's programs; an error is noted there."""
     make, step = functions(cell.mode, cell.config)
     tokens = jax.ShapeDtypeStruct((cell.batch, cell.length), jnp.int32)
-    program = jax.jit(step, donate_argnums=0)
     try:
-        lowered = program.lower(jax.eval_shape(make), tokens)
+        made = jax.jit(make).lower()
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), made.out_info)
+        traced = jax.jit(step, donate_argnums=0).trace(shapes, tokens)
+        lowered = traced.lower()
         start = time.perf_counter()
         cell.step = lowered.compile()
         cell.compile_seconds = time.perf_counter() - start
         used = cell.step.memory_analysis()
         results_bytes = used.output_size_in_bytes - used.alias_size_in_bytes  # those in no argument's place
         cell.peak_bytes = used.argument_size_in_bytes + used.temp_size_in_bytes + results_bytes
-        cell.make = jax.jit(make).lower().compile()
+        cell.make = made.compile()
     except (RuntimeError, ValueError) as error:  # the first is also JAX's own: out of memory, or cuDNN has no kernel
         cell.error = _first_line(error)
         return
     with contextlib.suppress(ValueError):  # it has no single count
-        cell.counted = flops.count(program, jax.eval_shape(make), tokens)
+        cell.counted = flops.count_jaxpr(traced.jaxpr.jaxpr)
 
 
 def measure(cells: list[Cell], rounds: int, seconds: float) -> None:
@@ -192,8 +194,8 @@ def holding(lock: Path | None, exclusive: bool) -> Iterator[None]:
         yield
 
 
-def model_flops(cell: Cell) -> int | None:
-    """Operations that a step needs, nothing computed twice, only keys that are seen; None if there is no formula."""
+def model_flops(cell: Cell) -> int:
+    """Operations that a step needs, nothing computed twice, only keys that are seen."""
     c, tokens = cell.config, cell.batch * cell.length
     count = flops.train_flops if cell.mode == "train" else flops.forward_flops
     logits = 2 * c.d_model * c.vocab_size * tokens if cell.mode == "prefill" else 0

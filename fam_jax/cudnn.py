@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from fam_jax.ops import Source, accumulation_dtype
+from fam_jax.remat import FUSED
 
 if TYPE_CHECKING:
     from fam_jax.config import DecoderConfig
@@ -195,6 +197,7 @@ def _forward(q, own, prefix):
         shares = (jnp.exp(part - whole).swapaxes(1, 2)[..., None] for part in (lse, more_lse))
         first, second = (share * part for share, part in zip(shares, (out, more), strict=True))
         out, lse = (first + second).astype(q.dtype), whole
+    out, lse = checkpoint_name(out, FUSED), checkpoint_name(lse, FUSED)
     return out, (q, own, prefix, out, lse)
 
 

@@ -234,3 +234,19 @@ def test_programs_for_a_gpu_hold_the_kernels_and_their_operations_are_counted(mo
     assert k.shape[2] == size
     pairs = batch * windows * (size * (size + 1) // 2 + size * (64 + 3 * size))
     assert flops.count(gradient, *arrays) == 2 * (2 + 5) * heads * width * pairs
+
+
+@pytest.mark.skipif(ON_GPU, reason="tells kernels from their names in a program for a GPU that is not there")
+@pytest.mark.parametrize(("remat", "runs"), [("none", 2), ("dots", 2), ("attention", 2), ("full", 4)])
+def test_the_backward_pass_computes_it_again_only_if_all_of_a_layer_is(remat, runs, monkeypatch):
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91300)
+    monkeypatch.setattr(cudnn, "_on_gpu", lambda head_dim: True)
+    config = dataclasses.replace(fam_config(), dtype="bfloat16", param_dtype="float32", head_dim=8, remat=remat)
+
+    def gradient(params):
+        return jax.grad(lambda params: jnp.sum(Decoder(config).apply({"params": params}, TOKENS).logits))(params)
+
+    shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), TOKENS)["params"]
+    text = jax.jit(gradient).trace(shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__cudnn$fmhaSoftmax(") == runs
+    assert text.count("__cudnn$fmhaSoftmaxBackward(") == 2
