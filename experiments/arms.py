@@ -100,11 +100,11 @@ def model_config(shape: Shape, arm: str) -> DecoderConfig:
 
 
 def functions(mode: str, config: DecoderConfig) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`make` and `step` of a cell, not compiled."""
+    """`make`, a key -> what the first step is given, and `step`, that and tokens -> the same and more. Not compiled."""
     model, optimizer = Decoder(config), optax.adamw(1e-4)
 
-    def init() -> Any:
-        return model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    def init(key: jax.Array) -> Any:
+        return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
     def apply(params: Any, tokens: jax.Array, **more: Any) -> Any:
         return model.apply({"params": params}, tokens, **more)
@@ -118,8 +118,8 @@ def functions(mode: str, config: DecoderConfig) -> tuple[Callable[..., Any], Cal
         updates, state = optimizer.update(gradients, state, params)
         return (optax.apply_updates(params, updates), state), value
 
-    def make() -> Any:
-        params = init()
+    def make(key: jax.Array) -> Any:
+        params = init(key)
         return (params, optimizer.init(params))
 
     if mode == "train":

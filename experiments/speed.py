@@ -78,7 +78,7 @@ class Cell:
         length: Tokens of a text.
         batch: Texts.
         config: The decoder's.
-        make: Compiled, () -> what the first step is given.
+        make: Compiled, key -> what the first step is given.
         step: Compiled, (carry, tokens) -> (carry, anything).
         compile_seconds: Of the step; with several jobs others were compiled meanwhile.
         peak_bytes: Memory of the device that the step needs at once, arguments and results included.
@@ -111,7 +111,7 @@ def build(cell: Cell) -> None:
     make, step = functions(cell.mode, cell.config)
     tokens = jax.ShapeDtypeStruct((cell.batch, cell.length), jnp.int32)
     try:
-        made = jax.jit(make).lower()
+        made = jax.jit(make).lower(jax.random.key(0))
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), made.out_info)
         traced = jax.jit(step, donate_argnums=0).trace(shapes, tokens)
         lowered = traced.lower()
@@ -139,7 +139,7 @@ def measure(cells: list[Cell], rounds: int, seconds: float) -> None:
     def run(number: int) -> float | None:
         try:
             if number not in carries:
-                carries[number] = cells[number].make()
+                carries[number] = cells[number].make(jax.random.key(0))
             start = time.perf_counter()
             carries[number], out = cells[number].step(carries[number], tokens)
             jax.block_until_ready((carries[number], out))

@@ -49,7 +49,7 @@ def weights(q, k, lengths, lse=None):
 def forward(q, k, v, lengths):
     """`cudnn.forward` in plain products."""
     p, lse = weights(q, k, lengths)
-    return jnp.einsum("bgrcs,bsgk->bcgrk", p, v).reshape(q.shape), lse
+    return jnp.einsum("bgrcs,bsgk->bcgrk", p, v).reshape(q.shape).astype(q.dtype), lse
 
 
 def backward(q, k, v, lengths, lse, out, grad):
@@ -66,7 +66,7 @@ def backward(q, k, v, lengths, lse, out, grad):
     if lengths is not None:
         hidden = (jnp.arange(k.shape[1]) >= lengths[:, None])[..., None, None]
         dk, dv = (jnp.where(hidden, jnp.nan, x) for x in (dk, dv))
-    return dq, dk, dv
+    return dq.astype(q.dtype), dk.astype(q.dtype), dv.astype(q.dtype)
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def reference(q, own, rows, segments, there):
 
 def value_and_gradients(attention, arguments, dtype):
     *arrays, there = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, arguments)
-    direction = jax.random.normal(jax.random.key(1), arrays[0].shape, dtype)
+    direction = jax.random.normal(jax.random.key(1), arrays[0].shape, jnp.bfloat16).astype(dtype)
     out, pull = jax.vjp(lambda *arrays: attention(*arrays, there), *arrays)
     return {"out": out, "gradients": pull(direction)}
 
@@ -210,10 +210,11 @@ SHAPES = {
 @pytest.mark.skipif(not ON_GPU, reason="cuDNN needs an NVIDIA GPU")
 @pytest.mark.parametrize("name", SHAPES)
 def test_on_a_gpu_against_the_reference(name):
-    """Both in bfloat16 against the reference in float32: cuDNN is as close, but for the rounding of what it merges."""
+    """In bfloat16 against the reference in float32; plain products in place of the kernels are off by up to 7e-3."""
     arguments = blocks(**SHAPES[name])
-    want = jax.jit(lambda: value_and_gradients(reference, arguments, jnp.float32))()
-    got = jax.jit(lambda: value_and_gradients(cudnn.attend_blocks, arguments, jnp.bfloat16))()
+    # As arguments: XLA would compute with constants while it compiles.
+    want = jax.jit(lambda arguments: value_and_gradients(reference, arguments, jnp.float32))(arguments)
+    got = jax.jit(lambda arguments: value_and_gradients(cudnn.attend_blocks, arguments, jnp.bfloat16))(arguments)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
         assert_close(a, b, 2e-2, jax.tree_util.keystr(path))
 
