@@ -210,7 +210,7 @@ SHAPES = {
 @pytest.mark.skipif(not ON_GPU, reason="cuDNN needs an NVIDIA GPU")
 @pytest.mark.parametrize("name", SHAPES)
 def test_on_a_gpu_against_the_reference(name):
-    """In bfloat16 against the reference in float32; plain products in place of the kernels are off by up to 7e-3."""
+    """In bfloat16 against the reference in float32; plain products in place of the kernels are off by up to 9e-3."""
     arguments = blocks(**SHAPES[name])
     # As arguments: XLA would compute with constants while it compiles.
     want = jax.jit(lambda arguments: value_and_gradients(reference, arguments, jnp.float32))(arguments)
