@@ -15,10 +15,9 @@ import dataclasses
 import fcntl
 import gc
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -183,15 +182,17 @@ def product_speed(size: int, dtype: str) -> dict[str, Any]:
     return {"size": size, "dtype": dtype, "seconds": times, "speed": 16 * size**3 / float(np.median(times[2:]))}
 
 
-@contextlib.contextmanager
-def holding(lock: Path | None, exclusive: bool) -> Iterator[None]:
-    """Holds the lock together with others that compile, or alone to run steps; without one, nothing."""
-    if lock is None:
-        yield
-        return
-    with lock.open("a") as file:
+_LOCKS: dict[Path, IO[str]] = {}
+
+
+def hold(lock: Path | None, exclusive: bool) -> None:
+    """Takes the lock together with others that compile, or alone to run steps; without one, nothing.
+
+    It is kept until the process ends, with which its memory on the device is free again.
+    """
+    if lock is not None:
+        file = _LOCKS.setdefault(lock.absolute(), lock.open("a"))
         fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
-        yield
 
 
 def model_flops(cell: Cell) -> int:
@@ -262,11 +263,14 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
     """Measures, and writes the result.
 
     Raises:
-        ValueError: An arm or a mode is not known, or the output folder cannot be made.
+        ValueError: There is nothing to measure, an arm or a mode is not known, or the output folder cannot be made.
     """
     unknown = [mode for mode in options.modes if mode not in MODES]
     if unknown:
         raise ValueError(f"modes={unknown} are not known; there are {', '.join(map(repr, MODES))}")
+    empty = [name for name in ("arms", "modes", "lengths", "batch_sizes") if not getattr(options, name)]
+    if empty:
+        raise ValueError(f"{empty[0]}=() leaves nothing to measure; give at least one")
     configs = {arm: model_config(options.shape, arm) for arm in options.arms}
     results.make_directory(options.output)
     start = time.perf_counter()
@@ -279,33 +283,34 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
     if options.apart:
         groups = [[cell] for group in groups for cell in group]
     cells = [cell for group in groups for cell in group]
-    with holding(options.lock, exclusive=False), ThreadPoolExecutor(options.jobs) as pool:
+    hold(options.lock, exclusive=False)
+    with ThreadPoolExecutor(options.jobs) as pool:
         list(tqdm(pool.map(build, cells), total=len(cells), unit="program", disable=None))
     curves: dict[str, dict[str, Any]] = {}
     settings = dataclasses.asdict(options) | {"models": {arm: to_json(config) for arm, config in configs.items()}}
     del settings["output"], settings["lock"]
-    with holding(options.lock, exclusive=True):
-        product = product_speed(options.product, cells[0].config.dtype)
-        for group in tqdm(groups, unit="group", disable=None):
-            measure(group, options.rounds, options.seconds)
-            ran = [cell for cell in group if cell.error is None]
-            for cell in ran:
-                curve = curves.setdefault(cell.name, {"label": cell.name, "seed": 0})
-                for name, value in summary(cell, ran[0], product["speed"]).items():
-                    curve.setdefault(name, []).append(value)
-            for cell in group:
-                cell.make = cell.step = None
-            failed = [{"label": cell.name, "tokens": cell.length, "error": cell.error} for cell in cells if cell.error]
-            result = results.make(
-                "speed",
-                options.name,
-                config=settings,
-                seeds=[0],
-                values={"curves": list(curves.values()), "marks": [], "errors": failed, "product": product},
-                wall_seconds=time.perf_counter() - start,
-                data=None,
-            )
-            file = results.write(result, options.output)  # after each group: what is measured is not lost with the rest
+    hold(options.lock, exclusive=True)
+    product = product_speed(options.product, cells[0].config.dtype)
+    for group in tqdm(groups, unit="group", disable=None):
+        measure(group, options.rounds, options.seconds)
+        ran = [cell for cell in group if cell.error is None]
+        for cell in ran:
+            curve = curves.setdefault(cell.name, {"label": cell.name, "seed": 0})
+            for name, value in summary(cell, ran[0], product["speed"]).items():
+                curve.setdefault(name, []).append(value)
+        for cell in group:
+            cell.make = cell.step = None
+        failed = [{"label": cell.name, "tokens": cell.length, "error": cell.error} for cell in cells if cell.error]
+        result = results.make(
+            "speed",
+            options.name,
+            config=settings,
+            seeds=[0],
+            values={"curves": list(curves.values()), "marks": [], "errors": failed, "product": product},
+            wall_seconds=time.perf_counter() - start,
+            data=None,
+        )
+        file = results.write(result, options.output)  # after each group: what is measured is not lost with the rest
     return result, file, report.plot(result, file.with_suffix(".png"))
 
 
