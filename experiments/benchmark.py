@@ -1,8 +1,10 @@
-"""Costs of mixing layers: `python -m experiments.benchmark memory` and `python -m experiments.benchmark time`.
+"""What models cost: `python -m experiments.benchmark memory`, `time` and `speed`.
 
-`memory` compiles a gradient step at several depths and reads from the compiled program how much temporary memory it
-needs, per layer; it must not grow with depth. `time` runs training steps of models with and without mixing in turns,
-in one process, so that whatever else the machine does meets all of them. Both write a result file and a plot.
+`memory` and `time` are of mixing layers. `memory` compiles a gradient step at several depths and reads from the
+compiled program how much temporary memory it needs, per layer; it must not grow with depth. `time` runs training steps
+of models with and without mixing in turns, in one process, so that whatever else the machine does meets all of them.
+`speed` is of whole models, with any memory, schedule and attention: step time, tokens per second, share of the device's
+peak, memory, compile time (see `experiments.speed`). All write a result file and a plot.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from experiments import report, results
+from experiments import report, results, speed
 from experiments.command import run_command
 from experiments.typed import to_json
 from fam_jax import Decoder, DecoderConfig
@@ -72,7 +74,7 @@ class Options:
         output: Folder of the result file and the plot.
     """
 
-    what: tyro.conf.Positional[Literal["memory", "time"]]
+    what: tyro.conf.Suppress[str]
     arms: tuple[str, ...] | None = None
     depths: tuple[int, ...] = (8, 16, 32)
     tokens: int = 128
@@ -204,15 +206,23 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
     return result, file, report.plot(result, file.with_suffix(".png"))
 
 
+Command = (
+    Annotated[Options, tyro.conf.subcommand("memory", default=Options("memory"))]
+    | Annotated[Options, tyro.conf.subcommand("time", default=Options("time"))]
+    | Annotated[speed.Options, tyro.conf.subcommand("speed", description=speed.__doc__)]
+)
+
+
 def main() -> int:
     """The command line; returns the exit code."""
-    options = tyro.cli(Options, prog="python -m experiments.benchmark", description=__doc__)
+    options: Any = tyro.cli(Command, prog="python -m experiments.benchmark", description=__doc__)  # type: ignore[call-overload]
+    whole = isinstance(options, speed.Options)
     try:
-        result, file, figure = run(options)
+        result, file, figure = speed.run(options) if whole else run(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(report.table(result))
+    print(speed.table(result) if whole else report.table(result))
     print(f"\nwrote {file} and {figure}")
     return 0
 

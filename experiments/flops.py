@@ -25,8 +25,6 @@ OPAQUE = frozenset(
         "cholesky",
         "conv_general_dilated",
         "custom_linear_solve",
-        "dot_product_attention_bwd_wrapper",
-        "dot_product_attention_fwd_wrapper",
         "eig",
         "eigh",
         "fft",
@@ -48,6 +46,9 @@ OPAQUE = frozenset(
         "tridiagonal_solve",
     }
 )
+
+# Products of [queries, keys, width] that cuDNN's attention computes for a head.
+FUSED = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 
 # Peak of dense bfloat16 products with float32 accumulation, operations per second of one device as JAX counts devices.
 # TPUs: the "System architecture" pages of cloud.google.com/tpu/docs, in TFLOP/s a chip: v3 123, v4 275, v5e 197,
@@ -76,7 +77,8 @@ PEAK_FLOPS = {
 def count(fn: Callable[..., Any], *args: Any) -> int:
     """Operations of `fn(*args)` on all devices together, what a backward pass computes again included.
 
-    Counts every product in the program as it is traced, masked entries and padding too: loops times their length, the
+    Counts every product in the program as it is traced, masked entries and padding too, but for what fused attention
+    leaves out because it is causal: loops times their length, the
     larger branch of a conditional, and a `jax.shard_map` times the devices that run it. Where a text is spread over D
     devices that is too high: the FAM's turns are conditional, so that its updates count D times.
 
@@ -88,10 +90,11 @@ def count(fn: Callable[..., Any], *args: Any) -> int:
         ValueError: There are products in a `while` loop, whose length is unknown (`jax.lax.fori_loop` with constant
             bounds is a scan), or a kernel or a factorisation whose operations a jaxpr does not show.
     """
-    return _count(jax.make_jaxpr(fn)(*args).jaxpr)
+    return count_jaxpr(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
-def _count(jaxpr: Jaxpr) -> int:
+def count_jaxpr(jaxpr: Jaxpr) -> int:
+    """`count` of what has been traced already."""
     return sum(_count_equation(equation) for equation in jaxpr.eqns)
 
 
@@ -101,11 +104,13 @@ def _count_equation(equation: Any) -> int:
         (contracted, _), _ = params["dimension_numbers"]
         terms = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
         return 2 * terms * math.prod(equation.outvars[0].aval.shape)
+    if name in FUSED:
+        return 2 * FUSED[name] * _fused_pairs(equation)
     if name in OPAQUE:
         raise ValueError(
             f"the operations of {name} cannot be read off a jaxpr; count a reference implementation instead"
         )
-    inner = [_count(jaxpr) for jaxpr in _inner(params)]
+    inner = [count_jaxpr(jaxpr) for jaxpr in _inner(params)]
     if name == "scan":
         return params["length"] * sum(inner)
     if name == "cond":
@@ -116,6 +121,14 @@ def _count_equation(equation: Any) -> int:
         axes = params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
         return math.prod(params["mesh"].shape[axis] for axis in axes) * sum(inner)
     return sum(inner)
+
+
+def _fused_pairs(equation: Any) -> int:
+    """Pairs of query and key of fused attention, times heads and their width; those that a causal mask leaves."""
+    (batch, queries, heads, width), keys = equation.invars[0].aval.shape, equation.invars[1].aval.shape[1]
+    causal = "CAUSAL" in str(equation.params["mask_type"])
+    pairs = queries * (queries + 1) // 2 if causal and queries == keys else queries * keys
+    return batch * heads * width * pairs
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:

@@ -87,6 +87,7 @@ KINDS = {
     "aot": Kind("microbatch", "peak_gib", "rows at once", "peak memory of a chip in GiB", False, None, 2),
     "kills": Kind("kill", "resumed", "kill", "step after which the next process went on", False, None, 0),
     "harness": Kind("step", "value", "training step", "score", False, None, 4),
+    "speed": Kind("tokens", "tokens_per_second", "tokens of a text", "tokens per second", True, None, 0),
     "reading": Kind("tokens", "tokens_per_second", "tokens read", "tokens per second", False, None, 1),
     "training": Kind("step", "loss", "training step", "loss in nats per token", False, None, 3),
 }

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fam_jax import rivals, sequence
+from fam_jax import cudnn, rivals, sequence
 from fam_jax.config import DecoderConfig
 from fam_jax.fam import FamInputs, earlier, scan_blocks
 from fam_jax.ops import Source, attend, attend_by_block, rotate
@@ -78,29 +78,31 @@ def layer(
 
     all_k = jnp.concatenate([sequence.before(memory.segment_k, k), k], axis=1)
     all_v = jnp.concatenate([sequence.before(memory.segment_v, v), v], axis=1)
-    sources = [own]
+    segments = []
     for back in range(1, config.segments + 1):
         first = config.segments - back
         blocks = slice(first, first + windows)
         k, v, mask = _segment(config, all_k[:, blocks], all_v[:, blocks], back, query_slots, window, plan)
-        sources.append(Source(rotate(k, start + slots - back * size, turns), v, mask))
+        segments.append(Source(rotate(k, start + slots - back * size, turns), v, mask))
 
     kept = jnp.zeros(memory.fam.shape[1:], memory.fam.dtype)
-    block = Source(own.k, own.v)
+    block, rest = Source(own.k, own.v), list[Source]()
     slots_of: dict[str, tuple[Array, ...]] = {"fam": ()}
     if inputs is not None:
-        fam_sources, memory, kept, slots_of["fam"] = _fam(
+        rest, memory, kept, slots_of["fam"] = _fam(
             config, mixer, params, memory, inputs, block, plan, fam_depth, skip_incomplete=width < size
         )
-        sources += fam_sources
     rows: dict[str, Array] = {}
     if "read" in carries:
         rows, slots_of, read = _memory_rows(
             config, mixer, params, carries, block, plan, depths, skip_incomplete=width < size
         )
-        sources.append(read)
-    attention = attend_by_block if config.remat != "none" and windows > 1 else attend
-    attended = attention(q, sources, config.attention_softcap)
+        rest = [read]
+    if cudnn.chosen(config) and plan.slot is None and sequence.devices() == 1:
+        attended = cudnn.attend_blocks(q, block, rest, segments, plan.segments)
+    else:
+        attention = attend_by_block if config.remat != "none" and windows > 1 else attend
+        attended = attention(q, [own, *segments, *rest], config.attention_softcap)
     carry, depth = finish(config, mixer, params, x, add, attended, depth)
     carry = constrain(rules, carry, "batch", "block", None, None)
 

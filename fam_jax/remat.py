@@ -13,6 +13,8 @@ key/value heads of k):
 | attention | queries, keys, values, and what attention gives | d + (2h + 2g)k |
 | full | the layer's input | d |
 
+Of attention by cuDNN, "dots" and "attention" also keep what it gives, hk more, so that it is computed once.
+
 Where blocks of the text are spread over devices, the FAM's updates are always computed again, by all devices at once;
 what the turns of the FAM gave is kept.
 """
@@ -22,16 +24,16 @@ from typing import Any
 
 import jax
 
-# Names that `jax.ad_checkpoint.checkpoint_name` gives in `fam_jax.sublayers` and `fam_jax.fam`.
-PROJECTED, ATTENDED, UPDATED = "projected", "attended", "updated"
+# Names that `jax.ad_checkpoint.checkpoint_name` gives in `fam_jax.sublayers`, `fam_jax.fam` and `fam_jax.cudnn`.
+PROJECTED, ATTENDED, UPDATED, FUSED = "projected", "attended", "updated", "fused"
 
 POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(UPDATED),
+        jax.checkpoint_policies.save_only_these_names(UPDATED, FUSED),
     ),
-    "attention": jax.checkpoint_policies.save_only_these_names(PROJECTED, ATTENDED, UPDATED),
+    "attention": jax.checkpoint_policies.save_only_these_names(PROJECTED, ATTENDED, UPDATED, FUSED),
     "full": jax.checkpoint_policies.save_only_these_names(UPDATED),
 }
 

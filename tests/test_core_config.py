@@ -101,6 +101,8 @@ BAD_DECODER = [
     ("activation", "relu"),
     ("attention_bias", "q"),
     ("post_norms", 1),
+    ("attention", "flash"),
+    ("attention", "cudnn"),  # in float32
     ("attention_softcap", 0.0),
     ("logit_softcap", -30.0),
     ("rope_scaling", 8.0),
