@@ -42,6 +42,8 @@ class Kind:
         decimals: Of y in tables.
         heat: Whether the plot shows y as colours, a row per label and a column per x, instead of lines.
         text: Name of a list of words that belong to y; None has none.
+        also: Name of a list of shares that were measured beside y and have a table of their own, and what they are.
+            Curves from before it was measured have none, and are left out there.
     """
 
     x: str
@@ -53,6 +55,7 @@ class Kind:
     decimals: int
     heat: bool = False
     text: str | None = None
+    also: tuple[str, str] | None = None
 
 
 _SHARE = "share of the absolute router weight"
@@ -69,6 +72,7 @@ KINDS = {
         True,
         None,
         3,
+        also=("accuracy", "next tokens right"),
     ),
     "answers": Kind(
         "level", "accuracy", "operands, or steps of the reasoning", "answers right", False, (-0.03, 1.03), 3
@@ -119,7 +123,10 @@ def lines(result: Result) -> list[Line]:
     Raises:
         ResultError: the kind is unknown, or `values` does not hold what the kind needs.
     """
-    kind = _kind(result)
+    return _lines(result, _kind(result))
+
+
+def _lines(result: Result, kind: Kind) -> list[Line]:
     curves = result.values.get("curves")
     if not isinstance(curves, list) or not curves:
         raise ResultError(f"{result.name}: field 'values.curves' must be a list of at least one curve")
@@ -140,8 +147,21 @@ def lines(result: Result) -> list[Line]:
 
 
 def table(result: Result) -> str:
-    """The result as a Markdown table: a row per label, a column per x, evenly chosen if there are many."""
+    """The result as a Markdown table: a row per label, a column per x, evenly chosen if there are many.
+
+    Of a kind that has something beside y, a second table follows, with the curves that have it.
+    """
     kind, rows = _kind(result), lines(result)
+    tables = [_table(kind, rows)]
+    if kind.also is not None:
+        beside = dataclasses.replace(kind, y=kind.also[0], y_label=kind.also[1], also=None)
+        curves = [curve for curve in result.values["curves"] if beside.y in curve]
+        if curves:
+            tables.append(_table(beside, _lines(dataclasses.replace(result, values={"curves": curves}), beside)))
+    return "\n\n".join(tables)
+
+
+def _table(kind: Kind, rows: Sequence[Line]) -> str:
     xs = sorted({float(x) for row in rows for x in row.x})
     if len(xs) > COLUMNS:
         xs = [xs[i] for i in np.unique(np.linspace(0, len(xs) - 1, COLUMNS).round().astype(int))]
