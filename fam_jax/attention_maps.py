@@ -113,6 +113,7 @@ def _weights(
     """
     settings = config.memory
     assert settings is not None
+    assert inputs.prompt is not None
     turns, fresh = frequencies(config, params.local), plan.fresh
     depth, fam_depth = (depths.get(name, NO_DEPTH) for name in ("tokens", "fam"))
     x, _ = mixer.enter(params.mixing, carry, depth, 0)
@@ -125,8 +126,9 @@ def _weights(
     own = Source(rotate(fam_k, key_positions(settings, plan.position, fresh), turns), fam_v)
     fams = [own]
     if memory.fam_k is not None and memory.fam_v is not None:
-        every = (jnp.concatenate([kept, new], axis=1) for kept, new in ((memory.fam_k, fam_k), (memory.fam_v, fam_v)))
-        fams += earlier(config, turns, *every, plan)
+        every_k = jnp.concatenate([memory.fam_k, fam_k], axis=1)
+        every_v = jnp.concatenate([memory.fam_v, fam_v], axis=1)
+        fams += earlier(config, turns, every_k, every_v, plan)
     if inputs.active is not None:
         seen = jnp.broadcast_to(inputs.active, (1, 1, 1, 1))
         fams = [one._replace(mask=seen if one.mask is None else one.mask & seen) for one in fams]
