@@ -240,9 +240,9 @@ def _fam_rows(run: _Run) -> dict[str, Any]:
     exchange = memory_maps.exchange_rows(run.model, {"params": run.params}, read.ids, read.targets, read.weights)
     told = memory_maps.told_places(read.ids, read.targets, read.weights)
     curves = run.curves(memory_maps.row_curves(run.reading, told, read.weights > 0, exchange))
-    own, other = exchange.all_own, exchange.all_other
+    own, other = exchange.all_own.mean(), exchange.all_other.mean()
     note = f"with all rows of another text {own:.3f} of the digits are right, {other:.3f} those of the other text"
-    return {"curves": curves, "all_own": own, "all_other": other, "texts": len(read.ids), "notes": [note]}
+    return {"curves": curves, "exchange": exchange._asdict(), "texts": len(read.ids), "notes": [note]}
 
 
 def _entropy(run: _Run) -> dict[str, Any]:

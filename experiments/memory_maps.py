@@ -53,19 +53,19 @@ class Drift(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """What is told once a row of a FAM is that of another text.
+    """What is told once a row of a FAM is that of another text, by layer, row and token asked for (a).
 
     Attributes:
-        own: Share of tokens asked for that are still right, by layer and row: [l, f].
-        other: Share that are what the other text says: [l, f].
-        all_own: The same with all rows of all layers exchanged.
-        all_other: The same.
+        own: Share of texts that still tell the right token: [l, f, a].
+        other: Share that tell the token of the other text: [l, f, a].
+        all_own: The same with all rows of all layers exchanged: [a].
+        all_other: The same: [a].
     """
 
     own: np.ndarray
     other: np.ndarray
-    all_own: float
-    all_other: float
+    all_own: np.ndarray
+    all_other: np.ndarray
 
 
 def read(model: Decoder, params: Any, ids: np.ndarray, batch_size: int = 16) -> Reading:
@@ -175,14 +175,14 @@ def exchange_rows(
         state = _go_on(model, variables, state, ids[:, begin : min(begin + 64 * size, start)])[1]
     asked, rest, truth = asked[start:], ids[:, start:], targets[:, start:]
 
-    def shares(fam: Array) -> tuple[float, float]:
-        told = np.asarray(_go_on(model, variables, dataclasses.replace(state, fam=fam), rest)[0])[:, asked]
-        return float((told == truth[:, asked]).mean()), float((told == np.roll(truth, -1, 0)[:, asked]).mean())
+    def shares(fam: Array) -> np.ndarray:
+        told = np.asarray(_go_on(model, variables, dataclasses.replace(state, fam=fam), rest)[0])
+        return np.stack([(told == wanted)[:, asked].mean(0) for wanted in (truth, np.roll(truth, -1, axis=0))])
 
     layers, _, rows, _ = state.fam.shape
     others = jnp.roll(state.fam, -1, axis=1)
     table = np.array([[shares(state.fam.at[l, :, f].set(others[l, :, f])) for f in range(rows)] for l in range(layers)])
-    return Exchange(table[..., 0], table[..., 1], *shares(others))
+    return Exchange(table[:, :, 0], table[:, :, 1], *shares(others))
 
 
 def share_curves(reading: Reading) -> dict[str, dict[str, Any]]:
@@ -204,14 +204,14 @@ def share_curves(reading: Reading) -> dict[str, dict[str, Any]]:
 
 
 def drift_curves(reading: Reading) -> dict[str, dict[str, Any]]:
-    """`drift` by layer and block; the first block has a size only."""
+    """`drift` by layer and block, from the second on."""
     found = drift(reading.fam)
     return {
         f"layer {layer + 1}": {
-            "block": list(range(1, len(norm) + 1)),
-            "change": [np.nan, *change],
-            "cosine": [np.nan, *cosine],
-            "norm": norm,
+            "block": list(range(2, len(norm) + 1)),
+            "change": change,
+            "cosine": cosine,
+            "norm": norm[1:],
         }
         for layer, (norm, change, cosine) in enumerate(zip(*found, strict=True))
     }
@@ -229,8 +229,8 @@ def row_curves(reading: Reading, told: np.ndarray, asked: np.ndarray, exchange: 
     shares = {
         "attention of the row to what is told": reads_of_places(reading, told),
         "attention of the answer to the row": reads_at_places(reading, asked),
-        "right with another text's row": exchange.own,
-        "that text's answer": exchange.other,
+        "right with another text's row": exchange.own.mean(-1),
+        "that text's answer": exchange.other.mean(-1),
     }
     return {
         f"layer {layer + 1}, {name}": {"row": list(range(1, len(share[layer]) + 1)), "share": share[layer]}

@@ -56,18 +56,18 @@ def test_the_key_is_told_twice_before_the_question(depth):
 def test_exchanged_rows_are_those_of_the_next_text():
     config = tiny_run.passkey_config(dataclasses.replace(tiny_run.FAM, segments=1))
     model, variables = tiny_run.init(config.model)
-    batch = config.data.task().sample(np.random.default_rng(1), 6, 9)
+    batch = dataclasses.replace(config.data, digits=2).task().sample(np.random.default_rng(1), 6, 9)
     ids, targets, weights = batch["tokens"], batch["targets"], batch["weights"]
     digits = variables["params"]["embed"].at[:10].multiply(20.0)  # answers with digits
     variables = {"params": variables["params"] | {"embed": digits}}
     found = memory_maps.exchange_rows(model, variables, ids, targets, weights)
-    start = (ids.shape[1] - 1) // 8 * 8
+    start = (ids.shape[1] - 2) // 8 * 8
     state = model.apply(variables, ids[:, :start]).state
     others = np.roll(np.arange(6), -1)
 
     def shares(fam):
-        told = model.apply(variables, ids[:, start:], dataclasses.replace(state, fam=fam)).logits[:, -1].argmax(-1)
-        return (told == targets[:, -1]).mean(), (told == targets[others, -1]).mean()
+        told = model.apply(variables, ids[:, start:], dataclasses.replace(state, fam=fam)).logits[:, -2:].argmax(-1)
+        return (told == targets[:, -2:]).mean(0), (told == targets[others, -2:]).mean(0)
 
     for l in range(2):
         for f in range(2):
@@ -126,8 +126,8 @@ def test_command_on_a_pass_key_model(tmp_path, monkeypatch, capsys):
     want = reading.fam_block[1, :, :, 0].sum(-1).mean(0)
     np.testing.assert_allclose(curves["layer 2, FAM row 1, of the block"]["share"], want, rtol=1e-4)
     result, curves = result_of(tmp_path, config, "fam-drift", monkeypatch, *options)
-    assert curves["layer 1"]["block"] == list(range(1, 12))
-    np.testing.assert_allclose(curves["layer 2"]["change"][1:], memory_maps.drift(reading.fam).change[1], rtol=1e-4)
+    assert curves["layer 1"]["block"] == list(range(2, 12))
+    np.testing.assert_allclose(curves["layer 2"]["change"], memory_maps.drift(reading.fam).change[1], rtol=1e-4)
     assert report.table(result).count("\n\n") == 2
     capsys.readouterr()
     _, curves = result_of(tmp_path, config, "fam-rows", monkeypatch, *options)
