@@ -50,6 +50,7 @@ EXTRAS = {
     # here and below.
     "x-transformers": ["torch>=2.6.0", "x-transformers>=2.31.0"],
     "hugging-face": ["torch>=2.6.0", "transformers>=4.57.0"],  # the tests compare pretrained models with theirs
+    "notebooks": ["nbclient>=0.10.1", "ipykernel>=6.29.0"],  # to execute those of experiments/notebooks
     "lm-eval": ["lm-eval>=0.4.13"],  # public benchmarks; our models do not need the torch that others there do
     "tensorflow": [
         "tensorflow>=2.20.0",

@@ -1,5 +1,9 @@
 """Analysis of a trained model: `python -m experiments.analyze --checkpoint DIR --what entropy`.
 
+Of a FAM, `attention` is how much tokens read of it and its rows of each block, `fam-drift` its size and change from
+block to block, and `fam-rows` which of its rows hold a pass key: by attention, and by exchanging rows between texts
+(`experiments.memory_maps`).
+
 `entropy` is the matrix Renyi entropy of hidden states and values by layer, `probes` how well linear probes tell tokens
 apart by them; both work on any model. Those that mix layers by LIMe have routers: `routers` is the heat map of what
 each layer reads of earlier ones, `depth-circuits` its summary, `semantic-circuits` lists the tokens that make a router
@@ -19,9 +23,10 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from experiments import report, results
+from experiments import memory_maps, report, results
 from experiments.checkpoint import CheckpointError, load_model
 from experiments.command import run_command
+from experiments.data.passkey import PasskeyData
 from experiments.files import run_folder
 from experiments.layers import Texts, collect, examples, loss_on, texts, tokenizer_of, word
 from experiments.measures import check_positive
@@ -42,6 +47,7 @@ class Options:
         source: For models of text: text instead of the run's own validation split, named as in training.
         sequences: Texts to read, each from its beginning; at most, if there are fewer.
         length: For models of text: tokens of each.
+        level: For tasks with levels, such as PassKey: of the samples. None: the hardest trained.
         batch_size: Texts read side by side.
         order: For entropy: of the Renyi entropy; 1 is Shannon's.
         words: For probes: the words to tell apart, by the state at their last token. None: the most frequent tokens.
@@ -56,12 +62,23 @@ class Options:
     """
 
     checkpoint: Path
-    what: Literal["entropy", "probes", "routers", "depth-circuits", "semantic-circuits", "pruning"]
+    what: Literal[
+        "attention",
+        "fam-drift",
+        "fam-rows",
+        "entropy",
+        "probes",
+        "routers",
+        "depth-circuits",
+        "semantic-circuits",
+        "pruning",
+    ]
     name: str | None = None
     output: Path | None = None
     source: str | None = None
     sequences: int = 64
     length: int = 256
+    level: int | None = None
     batch_size: int = 16
     order: float = 0.99
     words: tuple[str, ...] | None = None
@@ -100,14 +117,37 @@ class _Run:
     def texts(self) -> Texts:
         """The texts, read when something asks for them."""
         o = self.options
-        read = texts(self.config, o.sequences, length=o.length, source=o.source, seed=o.seed)
+        read = texts(self.config, o.sequences, length=o.length, source=o.source, seed=o.seed, level=o.level)
         self.manifest = read.manifest
         return read
+
+    @functools.cached_property
+    def whole_blocks(self) -> np.ndarray:
+        """The texts that are as long as asked for, cut to whole blocks: int32 [b, t]."""
+        memory = self.model.config.memory
+        assert memory is not None
+        time = self.texts.ids.shape[1] // memory.block_size * memory.block_size
+        whole = self.texts.lengths >= max(time, 1)
+        if not time or not whole.any():
+            raise ValueError(
+                f"length={self.options.length}: no text is that long and has a block of {memory.block_size} tokens; "
+                "give another length or source"
+            )
+        return self.texts.ids[whole, :time]
+
+    @functools.cached_property
+    def reading(self) -> memory_maps.Reading:
+        """Who reads what in these texts."""
+        return memory_maps.read(self.model, self.params, self.whole_blocks, self.options.batch_size)
 
     def curve(self, label: str, **values: Any) -> dict[str, Any]:
         """A curve of a result, whose label is the run's name and what it is."""
         name = f"{self.config.name}, {label}" if label else self.config.name
         return {"label": name, "seed": self.config.seed, **values}
+
+    def curves(self, values: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+        """Curves of a result, by what each is."""
+        return [self.curve(label, **lists) for label, lists in values.items()]
 
 
 def run(options: Options) -> tuple[results.Result, Path, Path]:
@@ -127,13 +167,25 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
     check_positive(
         sequences=options.sequences,
         length=options.length,
+        level=options.level,
         batch_size=options.batch_size,
         examples=options.examples,
         circuits=options.circuits,
         top=options.top,
     )
     loaded = _Run(options)
-    if options.what not in ("entropy", "probes") and not isinstance(loaded.model.config.mixing, LimeConfig):
+    memory = loaded.model.config.memory
+    if options.what in _OF_FAM and (memory is None or memory.kind != "fam" or not memory.fam_length):
+        raise ValueError(
+            f"what={options.what!r} needs a FAM, but the run {loaded.config.name!r} has none (model.memory is "
+            f"{memory!r}); give a run whose model.memory is of kind 'fam' with fam_length above 0"
+        )
+    if options.what == "fam-rows" and not isinstance(loaded.config.data, PasskeyData):
+        raise ValueError(
+            f"what='fam-rows' looks for a pass key, but the run {loaded.config.name!r} was trained on "
+            f"{type(loaded.config.data).__name__}; give a run that was trained on PasskeyData"
+        )
+    if options.what in _OF_ROUTERS and not isinstance(loaded.model.config.mixing, LimeConfig):
         raise ValueError(
             f"what={options.what!r} needs a router, but the run {loaded.config.name!r} has none (model.mixing is "
             f"{loaded.model.config.mixing!r}); give a run whose model.mixing is a LimeConfig, or "
@@ -170,6 +222,27 @@ def main() -> int:
         print(note)
     print(f"\nwrote {file} and {figure}")
     return 0
+
+
+def _attention(run: _Run) -> dict[str, Any]:
+    """Values of the shares of attention by block."""
+    return {"curves": run.curves(memory_maps.share_curves(run.reading)), "texts": len(run.whole_blocks)}
+
+
+def _fam_drift(run: _Run) -> dict[str, Any]:
+    """Values of the size and the change of the FAM by block."""
+    return {"curves": run.curves(memory_maps.drift_curves(run.reading)), "texts": len(run.whole_blocks)}
+
+
+def _fam_rows(run: _Run) -> dict[str, Any]:
+    """Values of which FAM rows hold a pass key."""
+    read = run.texts
+    exchange = memory_maps.exchange_rows(run.model, {"params": run.params}, read.ids, read.targets, read.weights)
+    told = memory_maps.told_places(read.ids, read.targets, read.weights)
+    curves = run.curves(memory_maps.row_curves(run.reading, told, read.weights > 0, exchange))
+    own, other = exchange.all_own.mean(), exchange.all_other.mean()
+    note = f"with all rows of another text {own:.3f} of the digits are right, {other:.3f} those of the other text"
+    return {"curves": curves, "exchange": exchange._asdict(), "texts": len(read.ids), "notes": [note]}
 
 
 def _entropy(run: _Run) -> dict[str, Any]:
@@ -299,7 +372,12 @@ def _pruning(run: _Run) -> dict[str, Any]:
     return {"curves": [curve], "notes": [str(report) for report in found.reports]}
 
 
+_OF_FAM = ("attention", "fam-drift", "fam-rows")
+_OF_ROUTERS = ("routers", "depth-circuits", "semantic-circuits", "pruning")
 _ANALYSES = {
+    "attention": _attention,
+    "fam-drift": _fam_drift,
+    "fam-rows": _fam_rows,
     "entropy": _entropy,
     "probes": _probes,
     "routers": _routers,

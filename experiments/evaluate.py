@@ -1,11 +1,11 @@
 """Evaluation of a trained model: `python -m experiments.evaluate --checkpoint DIR`.
 
-`loss-by-position` is the loss of each token of whole validation documents by its place in the document: a
-memory that works lowers it far beyond the window. `passkey` is the share of pass keys told right, by the
-length of the text; `pairs`, `tracking` and `babi` are the same for key-value pairs, for the product of a group's
-generators, and for questions about facts in book text. `answers` is the share of test questions answered right in free
-writing, by difficulty or, for several checkpoints of a run, by step. The measures themselves are in
-`experiments.measures`.
+`loss-by-position` is the loss of each token of whole validation documents by its place in the document, and the share
+of tokens that are the most likely one: a memory that works lowers the loss far beyond the window. `passkey` is the
+share of pass keys told right, by the length of the text; `pairs`, `tracking` and `babi` are the same for key-value
+pairs, for the product of a group's generators, and for questions about facts in book text. `answers` is the share of
+test questions answered right in free writing, by difficulty or, for several checkpoints of a run, by step. The
+measures themselves are in `experiments.measures`.
 
 Rows are spread over all devices. The same command on every process of a job evaluates on all of them, as in training.
 """

@@ -20,6 +20,26 @@ from experiments.command import modules, run_command
 PAGE = Path(__file__).with_name("README.md")
 FIGURES = "docs/rows"
 
+INSIDE = """## Inside trained models
+
+What the papers show of trained models, any run shows: `--checkpoint runs/ROW-SIZE-ARM-SEED` is that of an arm.
+Two notebooks, [fam.ipynb](notebooks/fam.ipynb) and [lime.ipynb](notebooks/lime.ipynb), go through it.
+
+    python -m experiments.analyze --checkpoint runs/lime_methods-cpu-LIMe-static_kv-0 --what entropy
+
+| of | `--what` | the paper's claim |
+| --- | --- | --- |
+| a FAM | attention | tokens read the FAM at every block, FAM rows only some tokens (TransformerFAM, figure 11) |
+| a FAM | fam-rows | none: which rows hold a pass key, by attention, and by what is told with another text's row |
+| a FAM | fam-drift | none: the size of the rows, and their change from block to block |
+| any model | entropy | of values, higher with LIMe in nearly all layers; of hidden states, no clear difference (LIMe) |
+| any model | probes | on values of late layers, near 1 with LIMe and less without; on hidden states not (LIMe) |
+| LIMe | routers | layers 2 to 4 and the last ones read layer 1; all read the layer before them (LIMe) |
+| LIMe | depth-circuits | the deeper, the less a layer reads itself (LIMe, first version) |
+| LIMe | semantic-circuits | a token's own router follows its form: suffixes, conjunctions (LIMe, first version) |
+| LIMe | pruning | a fifth of the weights can go at p = 0.9 (LIMe, first version) |
+"""
+
 INTRO = """# Evidence
 
 Every claim of the two papers that this code can test, the command that tests it, and what came out. The papers are
@@ -70,7 +90,7 @@ def page(output: Path = results.DIRECTORY) -> str:
                 report.table(result),
                 f"![{result.name}]({FIGURES}/{result.name}.png)",
             ]
-    return "\n\n".join([INTRO.strip(), report.markdown(cells, right=False), *sections]) + "\n"
+    return "\n\n".join([INTRO.strip(), report.markdown(cells, right=False), INSIDE.strip(), *sections]) + "\n"
 
 
 def measured(name: str, output: Path) -> dict[str, results.Result]:

@@ -66,7 +66,15 @@ class Examples(NamedTuple):
     names: list[str]
 
 
-def texts(config: TrainConfig, sequences: int, *, length: int = 256, source: str | None = None, seed: int = 0) -> Texts:
+def texts(
+    config: TrainConfig,
+    sequences: int,
+    *,
+    length: int = 256,
+    source: str | None = None,
+    seed: int = 0,
+    level: int | None = None,
+) -> Texts:
     """Texts that a run was not trained on.
 
     Args:
@@ -74,14 +82,17 @@ def texts(config: TrainConfig, sequences: int, *, length: int = 256, source: str
         sequences: At most so many texts.
         length: For text: tokens of each, cut from validation documents evenly, the first ones of all documents first.
         source: For text: another one than the run's.
-        seed: For tasks with levels, such as PassKey: of the samples, of the hardest trained level.
+        seed: For tasks with levels, such as PassKey: of the samples.
+        level: For the same: of the samples. None: the hardest trained.
 
     Raises:
-        ValueError: There is no text of two tokens, or `source` is given for a run that reads none.
+        ValueError: There is no text of two tokens, or `source` or `level` is given for a run that has none.
     """
     settings = config.data
     if source is not None and not isinstance(settings, TextData):
         raise ValueError(f"source={source!r} is for models of text, which the run {config.name!r} is not; leave it out")
+    if level is not None and not isinstance(settings, LevelData):
+        raise ValueError(f"level={level} is for tasks with levels, which the run {config.name!r} is not; leave it out")
     if isinstance(settings, TextData):
         settings = dataclasses.replace(settings, source=source or settings.source)
         pieces = _pieces(data.documents(settings, "validation"), sequences, length)
@@ -93,7 +104,9 @@ def texts(config: TrainConfig, sequences: int, *, length: int = 256, source: str
         return Texts(ids[:, :-1], lengths, ids[:, 1:], weights, tokenizer_of(config), data.manifest(settings))
     if isinstance(settings, LevelData):
         task = settings.task("validation")
-        batch = task.sample(np.random.default_rng([seed, 0]), sequences, settings.levels[-1])
+        if level is not None:
+            settings.check_levels((level,))
+        batch = task.sample(np.random.default_rng([seed, 0]), sequences, level or settings.levels[-1])
         lengths = np.full(sequences, batch["tokens"].shape[1])
         return Texts(batch["tokens"], lengths, batch["targets"], batch["weights"], tokenizer_of(config), None)
     assert isinstance(settings, QuestionData)

@@ -1,4 +1,4 @@
-"""Measures of a trained model: loss by position in the document, recall by length, answers by difficulty.
+"""Measures of a trained model: loss and hits by position in the document, recall by length, answers by difficulty.
 
 Texts are read in chunks of a fixed number of tokens, the state carried from chunk to chunk, so memory does
 not grow with their length, and one compiled program serves all lengths (with full attention: one length).
@@ -48,7 +48,7 @@ def loss_by_position(
     control: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Mean loss of the tokens of whole documents by their place in the document.
+    """Mean loss of the tokens of whole documents by their place in the document, and how many are the likeliest one.
 
     Args:
         model: The decoder.
@@ -62,9 +62,10 @@ def loss_by_position(
         progress: Show a progress bar.
 
     Returns:
-        A curve for a result of kind "loss-by-position": `position` (the edges), `loss` in nats per token
-        (NaN in an empty bin) and `tokens` per bin, and per document in the given order `document_loss` and
-        `document_tokens` over all its positions. The first token of a document has no prediction.
+        A curve for a result of kind "loss-by-position": `position` (the edges), `loss` in nats per token, `accuracy`,
+        the share of tokens to which the model gives the most probability (both NaN in an empty bin), and `tokens` per
+        bin; per document in the given order `document_loss`, `document_accuracy` and `document_tokens` over all its
+        positions. The first token of a document has no prediction.
 
     Raises:
         ValueError: no document has two tokens, an id is outside the vocabulary, a size is impossible, or there is no
@@ -80,8 +81,9 @@ def loss_by_position(
     bins = np.asarray(_doubling(model, longest) if edges is None else edges)
     if bins.ndim != 1 or len(bins) == 0 or (np.diff(bins) <= 0).any() or bins[0] < 1:
         raise ValueError(f"edges={bins.tolist()} is not allowed; give rising positions from 1")
-    totals, counts = np.zeros(len(bins) + 1), np.zeros(len(bins) + 1, np.int64)
-    document_loss = np.zeros(len(texts))
+    # Of each token, loss and hit: summed by bin, the last being those beyond all edges, and by document.
+    totals, counts = np.zeros((2, len(bins) + 1)), np.zeros(len(bins) + 1, np.int64)
+    of_documents = np.zeros((2, len(texts)))
     size = _chunk_tokens(model, chunk)
     # Documents of like length side by side: rows that are through wait for the longest.
     order = sorted((i for i in range(len(texts)) if len(texts[i]) > 1), key=lambda i: -len(texts[i]))
@@ -92,23 +94,28 @@ def loss_by_position(
             ids = np.zeros((batch_size, lengths.max()), np.int32)
             for row, index in enumerate(group):
                 ids[row, : lengths[row]] = texts[index]
-            for start, nll, _ in _read_in_chunks(model, variables, ids[:, :-1], ids[:, 1:], size, control):
-                position = np.arange(start + 2, start + nll.shape[1] + 2)  # of the target, counted from 1
+            for start, *measured in _read_in_chunks(model, variables, ids[:, :-1], ids[:, 1:], size, control):
+                shape = measured[0].shape
+                position = np.arange(start + 2, start + shape[1] + 2)  # of the target, counted from 1
                 real = position <= lengths[:, None]
-                where = np.broadcast_to(np.searchsorted(bins, position), nll.shape)[real]
-                totals += np.bincount(where, nll[real], len(totals))
+                where = np.broadcast_to(np.searchsorted(bins, position), shape)[real]
                 counts += np.bincount(where, minlength=len(counts))
-                document_loss[group] += np.where(real, nll, 0.0).sum(1)[: len(group)]
+                for number, values in enumerate(measured):
+                    totals[number] += np.bincount(where, values[real], len(counts))
+                    of_documents[number, group] += np.where(real, values, 0.0).sum(1)[: len(group)]
                 bar.update(int(np.clip(lengths - start, 0, size).sum()))
     predicted = np.array([max(len(text) - 1, 0) for text in texts])
     with np.errstate(invalid="ignore"):
-        return {
-            "position": bins.tolist(),
-            "loss": (totals / counts)[:-1].tolist(),
-            "tokens": counts[:-1].tolist(),
-            "document_loss": (document_loss / predicted).tolist(),
-            "document_tokens": predicted.tolist(),
-        }
+        (loss, accuracy), (document_loss, document_accuracy) = totals / counts, of_documents / predicted
+    return {
+        "position": bins.tolist(),
+        "loss": loss[:-1].tolist(),
+        "accuracy": accuracy[:-1].tolist(),
+        "tokens": counts[:-1].tolist(),
+        "document_loss": document_loss.tolist(),
+        "document_accuracy": document_accuracy.tolist(),
+        "document_tokens": predicted.tolist(),
+    }
 
 
 def recall_accuracy(

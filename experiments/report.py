@@ -22,75 +22,11 @@ from scipy import stats
 from experiments import results
 from experiments.command import make_folder, run_command
 from experiments.files import as_os_errors, is_remote, location
+from experiments.kinds import KINDS, Kind
 from experiments.results import Result, ResultError
 from lime_jax.analysis import plot_matrix
 
 COLUMNS = 10  # most values of x in a table; a plot shows all
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """How the curves of one kind of result are shown.
-
-    Attributes:
-        x: Name of the list that holds the x values.
-        y: Name of the list that holds the y values.
-        x_label: What x is, with its unit.
-        y_label: What y is, with its unit.
-        log: Whether the x axis is logarithmic.
-        y_range: Limits of the y axis; None fits the data.
-        decimals: Of y in tables.
-        heat: Whether the plot shows y as colours, a row per label and a column per x, instead of lines.
-        text: Name of a list of words that belong to y; None has none.
-    """
-
-    x: str
-    y: str
-    x_label: str
-    y_label: str
-    log: bool
-    y_range: tuple[float, float] | None
-    decimals: int
-    heat: bool = False
-    text: str | None = None
-
-
-_SHARE = "share of the absolute router weight"
-KINDS = {
-    "passkey": Kind("blocks", "accuracy", "length in blocks", "exact match", True, (-0.03, 1.03), 3),
-    "pairs": Kind("pairs", "accuracy", "key-value pairs", "exact match", True, (-0.03, 1.03), 3),
-    "tracking": Kind("blocks", "accuracy", "length in blocks", "products right", True, (-0.03, 1.03), 3),
-    "babi": Kind("blocks", "accuracy", "length in blocks", "answers right", True, (-0.03, 1.03), 3),
-    "loss-by-position": Kind(
-        "position",
-        "loss",
-        "token of the document, up to",
-        "loss in nats per token",
-        True,
-        None,
-        3,
-    ),
-    "answers": Kind(
-        "level", "accuracy", "operands, or steps of the reasoning", "answers right", False, (-0.03, 1.03), 3
-    ),
-    "answers-by-step": Kind("step", "accuracy", "training step", "answers right", False, (-0.03, 1.03), 3),
-    "layer-memory": Kind("layers", "states", "layers", "temporary memory per layer, in layer states", False, None, 1),
-    "layer-time": Kind("layers", "ratio", "layers", "step time relative to the first", False, None, 3),
-    "entropy": Kind("layer", "entropy", "layer", "matrix Renyi entropy in nats", False, None, 3),
-    "probes": Kind("layer", "accuracy", "layer", "accuracy of linear probes", False, None, 3),
-    "routers": Kind("source", "share", "source layer", _SHARE, False, None, 3, heat=True),
-    "depth-circuits": Kind("layer", "share", "layer", _SHARE, False, (-0.03, 1.03), 3),
-    "semantic-circuits": Kind(
-        "rank", "weight", "rank of the token", "router weight", False, None, 3, heat=True, text="token"
-    ),
-    "pruning": Kind("p", "loss", "share of each head's weight kept", "loss in nats per token", False, None, 4),
-    "aot": Kind("microbatch", "peak_gib", "rows at once", "peak memory of a chip in GiB", False, None, 2),
-    "kills": Kind("kill", "resumed", "kill", "step after which the next process went on", False, None, 0),
-    "harness": Kind("step", "value", "training step", "score", False, None, 4),
-    "speed": Kind("tokens", "tokens_per_second", "tokens of a text", "tokens per second", True, None, 0),
-    "reading": Kind("tokens", "tokens_per_second", "tokens read", "tokens per second", False, None, 1),
-    "training": Kind("step", "loss", "training step", "loss in nats per token", False, None, 3),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +56,10 @@ def lines(result: Result) -> list[Line]:
     Raises:
         ResultError: the kind is unknown, or `values` does not hold what the kind needs.
     """
-    kind = _kind(result)
+    return _lines(result, _kind(result))
+
+
+def _lines(result: Result, kind: Kind) -> list[Line]:
     curves = result.values.get("curves")
     if not isinstance(curves, list) or not curves:
         raise ResultError(f"{result.name}: field 'values.curves' must be a list of at least one curve")
@@ -141,8 +80,21 @@ def lines(result: Result) -> list[Line]:
 
 
 def table(result: Result) -> str:
-    """The result as a Markdown table: a row per label, a column per x, evenly chosen if there are many."""
+    """The result as a Markdown table: a row per label, a column per x, evenly chosen if there are many.
+
+    What a kind has beside y follows in tables of its own, with the curves that have it.
+    """
     kind, rows = _kind(result), lines(result)
+    tables = [_table(kind, rows)]
+    for name, label in kind.also:
+        beside = dataclasses.replace(kind, y=name, y_label=label)
+        curves = [curve for curve in result.values["curves"] if beside.y in curve]
+        if curves:
+            tables.append(_table(beside, _lines(dataclasses.replace(result, values={"curves": curves}), beside)))
+    return "\n\n".join(tables)
+
+
+def _table(kind: Kind, rows: Sequence[Line]) -> str:
     xs = sorted({float(x) for row in rows for x in row.x})
     if len(xs) > COLUMNS:
         xs = [xs[i] for i in np.unique(np.linspace(0, len(xs) - 1, COLUMNS).round().astype(int))]

@@ -59,34 +59,16 @@ def layer(
     rules = config.sharding
     depth, fam_depth = (depths.get(name, NO_DEPTH) for name in ("tokens", "fam"))
     x, add = mixer.enter(params.mixing, carries["tokens"], depth, 0)
-    _, windows, width, _ = x.shape
+    windows, width = x.shape[1:3]
     size = memory.open_k.shape[1]
     q, k, v, depth = project(config, mixer, params, x, depth)
     k, v = _fill(k, memory.open_k, plan), _fill(v, memory.open_v, plan)
     q = constrain(rules, q, "batch", "block", None, "heads", None)
     k, v = (constrain(rules, part, "batch", "block", None, "kv_heads", None) for part in (k, v))
 
-    slots = jnp.arange(size)
-    query_slots = jnp.arange(width) + (0 if plan.slot is None else plan.slot[:, :, None])
-    start = 0 if plan.position is None else plan.position[:, :, None]
-    turns, window = frequencies(config, params.local), _window(config, params.local)
-    q = rotate(q, start + query_slots, turns)
-    seen = slots <= query_slots[..., None]
-    if window is not None:
-        seen &= query_slots[..., None] - slots < window
-    own = Source(rotate(k, start + slots, turns), v, seen)
-
-    all_k = jnp.concatenate([sequence.before(memory.segment_k, k), k], axis=1)
-    all_v = jnp.concatenate([sequence.before(memory.segment_v, v), v], axis=1)
-    segments = []
-    for back in range(1, config.segments + 1):
-        first = config.segments - back
-        blocks = slice(first, first + windows)
-        k, v, mask = _segment(config, all_k[:, blocks], all_v[:, blocks], back, query_slots, window, plan)
-        segments.append(Source(rotate(k, start + slots - back * size, turns), v, mask))
-
+    q, (own, *segments), all_k, all_v = seen_blocks(config, params, memory, q, k, v, plan)
     kept = jnp.zeros(memory.fam.shape[1:], memory.fam.dtype)
-    block, rest = Source(own.k, own.v), list[Source]()
+    block, rest = own._replace(mask=None), list[Source]()
     slots_of: dict[str, tuple[Array, ...]] = {"fam": ()}
     if inputs is not None:
         rest, memory, kept, slots_of["fam"] = _fam(
@@ -119,6 +101,46 @@ def layer(
         memory = memory._replace(output_k=output_k, output_v=output_v)
     remembered = memory._replace(segment_k=segment_k, segment_v=segment_v, open_k=open_k, open_v=open_v)
     return {"tokens": carry, **rows}, remembered, kept, {"tokens": depth.own, **slots_of}
+
+
+def seen_blocks(
+    config: DecoderConfig, params: LayerParams, memory: LayerMemory, q: Array, k: Array, v: Array, plan: Plan
+) -> tuple[Array, list[Source], Array, Array]:
+    """What tokens see of their own block and of the past ones.
+
+    Args:
+        config: The decoder's.
+        params: The layer's weights.
+        memory: What the layer remembers of earlier calls.
+        q: Queries of tokens in windows, not rotated yet: [b, n, w, h, k].
+        k: Keys of the blocks, not rotated yet: [b, n, c, g, k].
+        v: Their values.
+        plan: Bookkeeping of the blocks.
+
+    Returns:
+        Rotated queries; keys and values of the own block and of those before it, the latest first; and keys, not
+        rotated, and values of the segments before the blocks and of the blocks: [b, m + n, c, g, k].
+    """
+    windows, width, size = q.shape[1], q.shape[2], k.shape[2]
+    slots = jnp.arange(size)
+    query_slots = jnp.arange(width) + (0 if plan.slot is None else plan.slot[:, :, None])
+    start = 0 if plan.position is None else plan.position[:, :, None]
+    turns, window = frequencies(config, params.local), _window(config, params.local)
+    q = rotate(q, start + query_slots, turns)
+    seen = slots <= query_slots[..., None]
+    if window is not None:
+        seen &= query_slots[..., None] - slots < window
+    own = Source(rotate(k, start + slots, turns), v, seen)
+
+    all_k = jnp.concatenate([sequence.before(memory.segment_k, k), k], axis=1)
+    all_v = jnp.concatenate([sequence.before(memory.segment_v, v), v], axis=1)
+    sources = [own]
+    for back in range(1, config.segments + 1):
+        first = config.segments - back
+        blocks = slice(first, first + windows)
+        k, v, mask = _segment(config, all_k[:, blocks], all_v[:, blocks], back, query_slots, window, plan)
+        sources.append(Source(rotate(k, start + slots - back * size, turns), v, mask))
+    return q, sources, all_k, all_v
 
 
 def _fam(

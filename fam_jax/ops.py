@@ -89,6 +89,30 @@ def attend(q: Array, sources: list[Source], softcap: float | None = None) -> Arr
         [..., c, h, k] in the type of `q`.
     """
     dtype = accumulation_dtype(q.dtype)
+    weights = attention_weights(q, sources, softcap).astype(q.dtype)
+    parts = []
+    start = 0
+    for source in sources:
+        stop = start + source.k.shape[-3]
+        parts.append(
+            jnp.einsum("...grcs,...sgk->...cgrk", weights[..., start:stop], source.v, preferred_element_type=dtype)
+        )
+        start = stop
+    return sum(parts[1:], parts[0]).reshape(q.shape).astype(q.dtype)
+
+
+def attention_weights(q: Array, sources: list[Source], softcap: float | None = None) -> Array:
+    """The weights with which `attend` sums values, which are not read here.
+
+    Args:
+        q: Rotated queries [..., c, h, k].
+        sources: Keys, with the leading axes of `q`.
+        softcap: Limit of the scores, see `cap`.
+
+    Returns:
+        [..., g, r, c, s], the keys of all sources one after another; float32 at least.
+    """
+    dtype = accumulation_dtype(q.dtype)
     *lead, queries, heads, width = q.shape
     groups = sources[0].k.shape[-2]
     q = (q * width**-0.5).reshape(*lead, queries, groups, heads // groups, width)
@@ -99,16 +123,7 @@ def attend(q: Array, sources: list[Source], softcap: float | None = None) -> Arr
         if source.mask is not None:
             score = jnp.where(source.mask[..., None, None, :, :], score, jnp.finfo(dtype).min)
         scores.append(score)
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
-    parts = []
-    start = 0
-    for source in sources:
-        stop = start + source.k.shape[-3]
-        parts.append(
-            jnp.einsum("...grcs,...sgk->...cgrk", weights[..., start:stop], source.v, preferred_element_type=dtype)
-        )
-        start = stop
-    return sum(parts[1:], parts[0]).reshape(*lead, queries, heads, width).astype(q.dtype)
+    return jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
 
 
 def attend_by_block(q: Array, sources: list[Source], softcap: float | None = None) -> Array:

@@ -52,6 +52,11 @@ def plain_losses(model, variables, text):
     return losses_of(plain_logits(model, variables, text[None, :-1])[0], text[1:])
 
 
+def plain_hits(model, variables, text):
+    """Whether each token but the first is the most likely one."""
+    return plain_logits(model, variables, text[None, :-1])[0].argmax(-1) == text[1:]
+
+
 def digit_model(memory=tiny_run.FAM):
     """An untrained model that answers with digits, so that it is right about one time in ten."""
     model, variables = tiny_run.init(tiny_run.model_config(memory, TASK.tokenizer.vocab_size))
@@ -62,24 +67,30 @@ def digit_model(memory=tiny_run.FAM):
 
 @pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES.keys())
 def test_loss_by_position_is_that_of_single_calls(memory):
-    model, variables = tiny_run.init(tiny_run.model_config(memory))
-    documents = texts(50, 1, 83, 16, 0, 17, 2)
+    model, variables = tiny_run.init(tiny_run.model_config(memory, 8))
+    documents = texts(50, 1, 83, 16, 0, 17, 2, vocab=8)
     edges = [8, 16, 40, 80]
     curve = loss_by_position(model, variables, documents, batch_size=2, chunk=16, edges=edges, progress=False)
-    per_bin = [[], [], [], [], []]
+    per_bin, hits = [[], [], [], [], []], [[], [], [], [], []]
     for text in documents:
         if len(text) > 1:
-            for index, loss in enumerate(plain_losses(model, variables, text)):
+            each = zip(plain_losses(model, variables, text), plain_hits(model, variables, text), strict=True)
+            for index, (loss, hit) in enumerate(each):
                 per_bin[np.searchsorted(edges, index + 2)].append(loss)
+                hits[np.searchsorted(edges, index + 2)].append(hit)
     assert curve["position"] == edges
     assert curve["tokens"] == [len(losses) for losses in per_bin[:-1]]
     np.testing.assert_allclose(curve["loss"], [np.mean(losses) for losses in per_bin[:-1]], rtol=1e-5)
+    np.testing.assert_allclose(curve["accuracy"], [np.mean(found) for found in hits[:-1]], rtol=1e-12)
+    assert 0 < min(curve["accuracy"]) < max(curve["accuracy"]) < 1
     assert curve["document_tokens"] == [49, 0, 82, 15, 0, 16, 1]
-    for text, loss in zip(documents, curve["document_loss"], strict=True):
+    for text, loss, accuracy in zip(documents, curve["document_loss"], curve["document_accuracy"], strict=True):
         if len(text) > 1:
             assert loss == pytest.approx(plain_losses(model, variables, text).mean(), rel=1e-5)
+            assert accuracy == pytest.approx(plain_hits(model, variables, text).mean())
         else:
             assert np.isnan(loss)
+            assert np.isnan(accuracy)
 
 
 def test_default_edges_double_up_to_the_longest_document():

@@ -102,6 +102,7 @@ def test_command_measures_loss_by_position_of_text(tmp_path, monkeypatch):
     assert result.data is not None
     assert "validation" in json.dumps(result.data)
     assert 4 < curve["loss"][0] < 8  # an untrained model, about log(256)
+    assert len(curve["accuracy"]) == len(curve["loss"])
 
 
 @pytest.mark.parametrize("given", ["run", "run/checkpoints", "run/checkpoints/1"])

@@ -167,6 +167,23 @@ def test_table_shows_the_numbers_of_the_file():
     assert rows[3] == ["BSWA", "0.500", "0.000", "–"]
 
 
+def test_what_was_measured_beside_has_a_table_of_its_own_which_old_files_lack():
+    old = {"label": "old", "seed": 0, "position": [8, 16], "loss": [3.0, 2.0]}
+    new = [{**old, "label": "new", "seed": seed, "accuracy": [0.25, 0.5 + 0.1 * seed]} for seed in (0, 1)]
+    made = dataclasses.replace(passkey(curves=[old]), kind="loss-by-position")
+    before = report.table(made)
+    assert "next tokens right" not in before
+    both = report.table(dataclasses.replace(made, values={"curves": [old, *new]})).split("\n\n")
+    assert [part.splitlines()[0].split(" by ")[0] for part in both] == [
+        "| loss in nats per token",
+        "| next tokens right",
+    ]
+    assert "old" in both[0]
+    assert "old" not in both[1]
+    assert "| new (2 seeds)" in both[1]
+    assert "0.250 ± 0.000 | 0.550 ± 0.635 |" in both[1]
+
+
 def test_seeds_are_averaged_with_an_interval_of_the_mean():
     curves = [
         {"label": "FAM", "seed": seed, "blocks": [4, 8], "accuracy": [value, 1.0]}

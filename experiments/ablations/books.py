@@ -1,4 +1,4 @@
-r"""Loss by position in books: the window with 0 to 4 past blocks, and with a FAM (TransformerFAM, table 11, PG-19).
+r"""Loss and next-token accuracy by position in books: 0 to 4 past blocks, and FAM (TransformerFAM, table 11, PG-19).
 
 python -m experiments.ablate books --size cpu
 
