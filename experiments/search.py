@@ -91,13 +91,16 @@ def run(name: str, options: Options) -> str:
 
 
 def table(name: str, size: str, folder: Path) -> str:
-    """A Markdown table of the scores of a row's search, an arm to a row; the best is in bold."""
+    """A Markdown table of the scores of a row's search, an arm to a row; the best is in bold.
+
+    A dash is a run that diverged, or has not been made.
+    """
     found = ablate.scores(name, size, folder)
     cells = [["score by learning rate", *(f"x {factor:g}" for factor in FACTORS)]]
     for arm, by_factor in found.items():
         shown = {factor: f"{score:.3f}" for factor, score in by_factor.items()}
         shown[ablate.best(by_factor)] = f"**{shown[ablate.best(by_factor)]}**"
-        cells.append([arm, *(shown.get(factor, "diverged") for factor in FACTORS)])
+        cells.append([arm, *(shown.get(factor, "–") for factor in FACTORS)])
     return report.markdown(cells)
 
 

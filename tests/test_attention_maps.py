@@ -116,7 +116,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [name if name == "several FAMs" else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+)
 def test_whatever_the_model_weights_sum_to_one_and_the_fam_is_the_decoders(name):
     config = VARIANTS[name]
     tokens = some_tokens(2, BLOCKS * B)

@@ -120,7 +120,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("full", "bswa", "fam") else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
+)
 def test_two_sets_of_keys_give_the_values_and_gradients_of_one(name, plain_kernels, monkeypatch):
     config = CASES[name]
     want = everything(config, monkeypatch, fused=False)

@@ -53,6 +53,7 @@ def test_the_key_is_told_twice_before_the_question(depth):
         assert task.tokenizer.decode(batch["tokens"][row, : np.flatnonzero(told[row])[0]]).endswith("The pass key is")
 
 
+@pytest.mark.slow
 def test_exchanged_rows_are_those_of_the_next_text():
     config = tiny_run.passkey_config(dataclasses.replace(tiny_run.FAM, segments=1))
     model, variables = tiny_run.init(config.model)
