@@ -79,6 +79,27 @@ def test_the_less_is_kept_the_more_is_computed_again(name):
         assert max(memory[1:]) < memory[0], memory
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mixing", "fam_length", "states"),
+    [
+        (None, 0, 1.05),
+        (None, 4, 1.3),
+        (LimeConfig(), 4, 3.2),
+    ],  # a FAM of 4 rows to 16 tokens; LIMe keeps keys and values
+)
+def test_memory_of_32_layers_is_what_they_carry(mixing, fam_length, states):
+    """With all of a layer computed again, a layer more needs what goes from layer to layer, and little else."""
+    temporary = []
+    for layers in (8, 32):
+        memory = MemoryConfig(block_size=16, segments=2, fam_length=fam_length)
+        config = dataclasses.replace(FAM, num_layers=layers, memory=memory, mixing=mixing, remat="full")
+        compiled = jax.jit(gradient(config)).lower(*shapes(config, 4, 256)).compile()
+        temporary.append(compiled.memory_analysis().temp_size_in_bytes)
+    state = 4 * 256 * FAM.d_model * 4  # bytes, in float32
+    assert state <= (temporary[1] - temporary[0]) / 24 <= states * state
+
+
 @pytest.mark.parametrize("mixing", [LimeConfig(), LimeConfig(backward="rebuild"), DepthAttentionConfig()])
 def test_layers_that_are_written_once_are_always_computed_again(mixing):
     """`none` and `full` keep the same of each layer; within it, `full` computes attention's scores again."""
