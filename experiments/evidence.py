@@ -90,6 +90,9 @@ def page(output: Path = results.DIRECTORY) -> str:
                 report.table(result),
                 f"![{result.name}]({FIGURES}/{result.name}.png)",
             ]
+        for prefix, told in getattr(row, "BESIDE", {}).items():
+            beside = together(prefix, told, output)
+            sections += [report.table(beside)] if beside else []
     return "\n\n".join([INTRO.strip(), report.markdown(cells, right=False), INSIDE.strip(), *sections]) + "\n"
 
 
@@ -102,6 +105,19 @@ def measured(name: str, output: Path) -> dict[str, results.Result]:
         if result is not None:
             found[size] = result
     return found
+
+
+def together(prefix: str, label: str, output: Path) -> results.Result | None:
+    """Results of one run with several seeds, which `experiments.evaluate` has measured, as one; None if there are none.
+
+    Args:
+        prefix: Of the names of their files, before the seed.
+        label: What the run is called in the table.
+        output: Folder of the result files.
+    """
+    found = [results.read(file) for file in sorted(output.glob(f"{prefix}[0-9]*.json"))]
+    curves = [{**curve, "label": label} for result in found for curve in result.values["curves"]]
+    return dataclasses.replace(found[0], values={"curves": curves}) if found else None
 
 
 def _text(doc: str) -> str:
