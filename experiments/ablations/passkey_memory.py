@@ -12,6 +12,7 @@ from experiments.config import TrainConfig
 
 SIZES = PASSKEY_SIZES
 CORE = True
+VERDICT = "as in the paper: FAM holds the key at every length, the window at most as far as layers x segments"
 
 
 def arms(size: str) -> dict[str, TrainConfig]:
