@@ -15,6 +15,8 @@ python -m experiments.evaluate --checkpoint runs/passkey-seed0 --depth uniform -
 python -m experiments.evaluate --checkpoint runs/passkey-seed0 --depth uniform --lengths 65536 \
     --trials 50 --batch-size 50 --chunk 4096 --name passkey-million-seed0
 
+With `--data.filler decoys` in training the same is done for the harder filler.
+
 Its settings were chosen while seeds 0 and 1 were looked at up to 448 blocks, and not changed for longer texts. They are
 no guarantee: seed 7, which chose nothing, reached the longest texts late in training, and forgets soon after them.
 """
@@ -32,6 +34,7 @@ BESIDE = {
     "passkey-far-seed": "configs.passkey",
     "passkey-million-seed": "configs.passkey, 1,048,576 tokens",
     "passkey-late-seed": "configs.passkey, seed 7",
+    "passkey-decoys-seed": "configs.passkey, trained and asked with decoys",
 }
 
 
