@@ -33,6 +33,7 @@ from experiments.typed import from_json, to_json
 
 SEEDS = (0, 1, 2)
 SEARCH = "search"  # folder of the results of experiments.search, in that of all results
+CONTROLS = ("zero_memory", "reset_memory")  # of what measures a FAM
 # The fields of a config that a run's result depends on.
 DECIDES = (
     "model",
@@ -306,7 +307,7 @@ def _evaluation(name: str, size: str, config: TrainConfig) -> dict[str, Any]:
     memory = config.model.memory
     rows = memory is not None and memory.fam_length > 0
     given = load(name).evaluation(size)
-    return {field: value for field, value in given.items() if rows or field not in ("zero_memory", "reset_memory")}
+    return {field: value for field, value in given.items() if rows or field not in CONTROLS}
 
 
 def _made_by(evaluation: Mapping[str, Any]) -> str:
@@ -319,6 +320,8 @@ def _is_of(config: TrainConfig, evaluation: Mapping[str, Any], result: results.R
     now = to_json(config)
     then = to_json(from_json(result.config["train"], TrainConfig))  # settings that are newer have their defaults
     told = result.config[_made_by(evaluation)]
+    if any(told.get(name, False) != evaluation.get(name, False) for name in CONTROLS):
+        return False  # its curves would be more, or fewer
     return all(now[field] == then[field] for field in DECIDES) and all(
         json.loads(json.dumps(value)) == told.get(field) for field, value in evaluation.items()
     )
