@@ -6,7 +6,8 @@ python -m experiments.ablate retrofit_passkey --size gpu --seeds 0
 
 As in the paper: texts of 2k to 18k tokens, the key before the filler, tokens that see their own block and a FAM and no
 past block (window-1 sees one of these in place of the FAM), tested up to 260k. The blocks have 256 tokens in place of
-1024, and the training is short: 200 steps of 8 texts, minutes of one GPU. `FAM-noise` has our noise on the FAM.
+1024, and the training is short: 400 steps of 8 texts, minutes of one GPU, which begin with 512 tokens and grow longer
+as they are learnt. `FAM-noise` has our noise on the FAM.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from experiments.data.passkey import PasskeyData
 SIZES = ("gpu",)
 CORE = False
 BLOCK = 256
-LENGTHS = (8, 24, 72)  # blocks: 2k to 18k tokens
+LENGTHS = (2, 8, 24, 72)  # blocks: 512 tokens to begin with, then the paper's 2k to 18k
 
 
 def arms(size: str) -> dict[str, TrainConfig]:
@@ -40,12 +41,12 @@ def arms(size: str) -> dict[str, TrainConfig]:
             data=PasskeyData(
                 block_size=BLOCK,
                 blocks=LENGTHS,
-                threshold=0.0,
+                threshold=0.5,
                 depth="first",
                 tokenizer=base.data.tokenizer,
                 batch_size=8,
             ),
-            steps=200,
+            steps=400,
             eval_every=0,
         )
     return made
