@@ -108,15 +108,15 @@ def measured(name: str, output: Path) -> dict[str, results.Result]:
 
 
 def together(prefix: str, label: str, output: Path) -> results.Result | None:
-    """Results of one run with several seeds, which `experiments.evaluate` has measured, as one; None if there are none.
+    """Results of several runs, which `experiments.evaluate` has measured, as one; None if there are none.
 
     Args:
-        prefix: Of the names of their files, before the seed.
-        label: What the run is called in the table.
+        prefix: Of the names of their files, before the seed or the arm.
+        label: What a run is called in the table; `{}` is what its result calls it.
         output: Folder of the result files.
     """
-    found = [results.read(file) for file in sorted(output.glob(f"{prefix}[0-9]*.json"))]
-    curves = [{**curve, "label": label} for result in found for curve in result.values["curves"]]
+    found = [results.read(file) for file in sorted(output.glob(f"{prefix}*.json"))]
+    curves = [{**curve, "label": label.format(curve["label"])} for result in found for curve in result.values["curves"]]
     return dataclasses.replace(found[0], values={"curves": curves}) if found else None
 
 

@@ -12,6 +12,19 @@ tokens. `gpu` is the recipe of `retrofit_fam` on source code for 400 steps, minu
 and with it (`FAM-RSP`), and in whole documents (`retrofit_fam_stream`). An untrained FAM drifts as it
 reads (set back to its start after every block, it does better): passed on from step to step, it would be where no
 gradient leads back, hence the arm without. That control tells memory from what rows at hand do besides.
+
+Measured at `gpu` with one seed, on an H200, 2 to 4 minutes an arm: to four times the trained 2,048 tokens a FAM is
+ahead of the same window, in source code and in books. Then it drifts as the untrained one does, and is behind from 16k
+tokens on; Random State Passing holds about twice as long. Set back after every block, it stays ahead to the end: what
+helps are trained rows at hand, and what they carry is not yet worth anything. Qasper's 319 questions, yes or no, by one
+who has read the whole paper, and by one who has read the abstract alone (the standard error is 0.028, and "yes" is
+right in two of three, so that all this is no skill):
+
+| share of answers right | whole paper | abstract |
+| --- | --- | --- |
+| pretrained, full attention of 8,192 tokens | 0.417 | 0.527 |
+| window | 0.589 | 0.580 |
+| FAM | 0.458 | 0.505 |
 """
 
 import dataclasses
@@ -25,7 +38,8 @@ from fam_jax import LoraConfig
 
 SIZES = ("cpu", "gpu")
 CORE = False
-VERDICT = "the prompt rows help beyond the window, in place of the first token; memory adds nothing in 24 steps"
+VERDICT = "trained rows help beyond the window; what they carry adds nothing, and drifts beyond 4 to 8 trained lengths"
+BESIDE = {"retrofit-books-": "{}, in books"}
 BASE = "runs/smollm2-135m"
 
 
