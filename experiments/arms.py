@@ -1,8 +1,9 @@
 """What `experiments.speed` compares: models by a short name, and the programs that are timed.
 
 An arm is written MEMORY[+lime][/SCHEDULE][@ATTENTION][:REMAT]: `fam`, `bswa` or `full`; LIMe (static_kv) on top, with
-its other ways to gradients `lime-push` and `lime-rebuild`; the schedule, `layer` or `block`; attention, `auto`, `xla`
-or `cudnn`; the decoder's remat. What is left out is as in the shape that all arms share.
+its other ways to gradients `lime-push` and `lime-rebuild`, or as `lime-views` (dynamic_views); the schedule, `layer` or
+`block`; attention, `auto`, `xla` or `cudnn`; the decoder's remat. What is left out is as in the shape that all arms
+share. Those of `experiments.peers` are another library's models.
 """
 
 from __future__ import annotations
@@ -16,13 +17,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from experiments import peers
 from fam_jax import Decoder, DecoderConfig, MemoryConfig, presets
 from lime_jax import LimeConfig
 
 MODES = ("forward", "train", "prefill")
 _ARM = re.compile(
-    r"(fam|bswa|full)(?:\+lime(-push|-rebuild|))?(?:/(layer|block))?(?:@(auto|xla|cudnn))?(?::(none|dots|attention|full))?"
+    r"(fam|bswa|full)(?:\+lime(-push|-rebuild|-views|))?(?:/(layer|block))?(?:@(auto|xla|cudnn))?(?::(none|dots|attention|full))?"
 )
+
+_LIME = {
+    "": LimeConfig(),
+    "-push": LimeConfig(backward="push"),
+    "-rebuild": LimeConfig(backward="rebuild"),
+    "-views": LimeConfig("dynamic_views"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +71,11 @@ def model_config(shape: Shape, arm: str) -> DecoderConfig:
     Raises:
         ValueError: The arm or the preset is not known, or the decoder is none.
     """
-    found = _ARM.fullmatch(arm)
+    found = _ARM.fullmatch(peers.our_arm(arm) if peers.is_peer(arm) else arm)
     if found is None:
         raise ValueError(
             f"arms has {arm!r}, which is no MEMORY[+lime][/SCHEDULE][@ATTENTION][:REMAT], as 'fam', 'fam+lime', "
-            "'bswa/block' and 'full@cudnn:full' are"
+            "'bswa/block' and 'full@cudnn:full' are, nor one of experiments.peers"
         )
     if not hasattr(presets, shape.preset) or shape.preset.startswith("_"):
         raise ValueError(f"preset={shape.preset!r} is not known; there are those of fam_jax.presets, as 'palm_1b'")
@@ -85,7 +94,7 @@ def model_config(shape: Shape, arm: str) -> DecoderConfig:
         "schedule": schedule,
         "attention": attention,
         "remat": remat,
-        "mixing": None if lime is None else LimeConfig(backward=lime[1:] or "write_once"),
+        "mixing": None if lime is None else _LIME[lime],
     }
     blocks = MemoryConfig(
         shape.block or given.block_size,

@@ -1,6 +1,7 @@
 """Speed of whole models: `python -m experiments.benchmark speed`.
 
-An arm is written MEMORY[+lime][/SCHEDULE][@ATTENTION][:REMAT], see `experiments.arms`. All programs are compiled first,
+An arm is written MEMORY[+lime][/SCHEDULE][@ATTENTION][:REMAT], see `experiments.arms`, or is of another library, see
+`experiments.peers`. All programs are compiled first,
 and then the arms of a length and batch run in turns, so that whatever else the machine does meets all of them. An arm
 that cannot be compiled, or does not fit into memory, is reported as that, and the others go on.
 
@@ -25,10 +26,11 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from experiments import flops, report, results
+from experiments import flops, peers, report, results
 from experiments.arms import MODES, Shape, functions, model_config
 from experiments.typed import to_json
 from fam_jax import DecoderConfig
+from lime_jax import LimeConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +109,12 @@ class Cell:
 
 def build(cell: Cell) -> None:
     """Compiles a cell's programs; an error is noted there."""
+    if peers.is_peer(cell.arm):
+        try:
+            cell.make, cell.step = peers.functions(cell.mode, cell.config, cell.arm)
+        except ValueError as error:
+            cell.error = _first_line(error)
+        return
     make, step = functions(cell.mode, cell.config)
     tokens = jax.ShapeDtypeStruct((cell.batch, cell.length), jnp.int32)
     try:
@@ -195,8 +203,10 @@ def hold(lock: Path | None, exclusive: bool) -> None:
         fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
 
 
-def model_flops(cell: Cell) -> int:
-    """Operations that a step needs, nothing computed twice, only keys that are seen."""
+def model_flops(cell: Cell) -> int | None:
+    """Operations that a step needs, nothing computed twice, only keys that are seen; None if there is no formula."""
+    if isinstance(cell.config.mixing, LimeConfig) and cell.config.mixing.router == "dynamic_views":
+        return None
     c, tokens = cell.config, cell.batch * cell.length
     count = flops.train_flops if cell.mode == "train" else flops.forward_flops
     logits = 2 * c.d_model * c.vocab_size * tokens if cell.mode == "prefill" else 0
@@ -221,8 +231,8 @@ def summary(cell: Cell, first: Cell, speed: float) -> dict[str, Any]:
         "tokens_per_second": cell.batch * cell.length / seconds,
         "ratio": float(np.median([mine / other for mine, other in pairs])),
         "model_flops": needed,
-        "mfu": flops.mfu(needed, seconds, device, 1),
-        "of_product": needed / seconds / speed,
+        "mfu": flops.mfu(needed, seconds, device, 1) if needed else None,
+        "of_product": needed / seconds / speed if needed else None,
         "counted_flops": cell.counted,
         "hardware": flops.mfu(cell.counted, seconds, device, 1) if cell.counted else None,
         "peak_gib": cell.peak_bytes / 2**30,
@@ -248,8 +258,8 @@ def table(result: results.Result) -> str:
                     f"{one['tokens_per_second']:,.0f}",
                     f"{one['ratio']:.3f}",
                     *(share(one[name]) for name in ("mfu", "hardware", "of_product")),
-                    f"{one['peak_gib']:.2f}",
-                    f"{one['compile_seconds']:.1f}",
+                    f"{one['peak_gib']:.2f}" if one["peak_gib"] else "–",  # another library's is not known
+                    f"{one['compile_seconds']:.1f}" if one["peak_gib"] else "–",
                 ]
             )
     product = result.values["product"]

@@ -1,0 +1,54 @@
+"""Another library's models at our shapes: as many weights, the same work, and a clear word if it is not installed."""
+
+import dataclasses
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments import peers, speed
+from experiments.arms import Shape, model_config
+from fam_jax import Decoder
+from lime_jax import LimeConfig
+
+SHAPE = Shape(layers=2, width=32, heads=2, kv_heads=1, head_dim=16, vocab=16)
+ARMS = ["x-transformers", "x-transformers+lime"]
+
+
+def test_ours_beside_them():
+    assert model_config(SHAPE, "x-transformers") == model_config(SHAPE, "full")
+    assert model_config(SHAPE, "x-transformers+lime:compile").mixing == LimeConfig("dynamic_views")
+    with pytest.raises(ValueError, match="modes has 'prefill'"):
+        peers.functions("prefill", model_config(SHAPE, "full"), ARMS[0])
+
+
+def test_without_the_library(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    options = speed.Options(SHAPE, ("full", ARMS[0]), ("train",), (8,), rounds=3, product=32, output=tmp_path)
+    values = speed.run(options)[0].values
+    assert [curve["label"] for curve in values["curves"]] == ["train, full, batch 1"]
+    assert 'pip install -e ".[x-transformers]"' in values["errors"][0]["error"]
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_same_weights_and_a_step(arm, tmp_path):
+    pytest.importorskip("torch", reason='needs pip install -e ".[x-transformers]"')
+    pytest.importorskip("x_transformers", reason="as torch")
+    shape = dataclasses.replace(SHAPE, width=64)
+    config = model_config(shape, arm)
+    theirs = sum(weight.numel() for weight in peers.model(config, "+lime" in arm).parameters())
+    ours = Decoder(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    assert theirs == pytest.approx(sum(weight.size for weight in jax.tree.leaves(ours)), rel=0.02)
+    make, step = peers.functions("train", config, arm)
+    carry, losses = make(jax.random.key(0)), []
+    for _ in range(10):
+        carry, loss = step(carry, jnp.arange(32).reshape(2, 16) % 16)
+        losses.append(loss)
+    assert losses[-1] < losses[0]
+    result, *_ = speed.run(
+        speed.Options(shape, ("full", arm), ("train", "forward"), (8,), rounds=3, product=32, output=tmp_path)
+    )
+    labels = [curve["label"] for curve in result.values["curves"]]
+    assert labels == [f"{mode}, {name}, batch 1" for mode in ("train", "forward") for name in ("full", arm)]
+    assert f"| train, {arm}, batch 1" in speed.table(result)
