@@ -1,9 +1,9 @@
 """What `experiments.speed` compares: models by a short name, and the programs that are timed.
 
 An arm is written MEMORY[+lime][/SCHEDULE][@ATTENTION][:REMAT]: `fam`, `bswa` or `full`; LIMe (static_kv) on top, with
-its other ways to gradients `lime-push` and `lime-rebuild`, or as `lime-views` (dynamic_views); the schedule, `layer` or
-`block`; attention, `auto`, `xla` or `cudnn`; the decoder's remat. What is left out is as in the shape that all arms
-share. Those of `experiments.peers` are another library's models.
+its other ways to gradients `lime-push`, `lime-pull` and `lime-rebuild`, or as `lime-views` (dynamic_views); the
+schedule, `layer` or `block`; attention, `auto`, `xla` or `cudnn`; the decoder's remat. What is left out is as in the
+shape that all arms share. Those of `experiments.peers` are another library's models.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from lime_jax import LimeConfig
 
 MODES = ("forward", "train", "prefill")
 _ARM = re.compile(
-    r"(fam|bswa|full)(?:\+lime(-push|-rebuild|-views|))?(?:/(layer|block))?(?:@(auto|xla|cudnn))?(?::(none|dots|attention|full))?"
+    r"(fam|bswa|full)(?:\+lime(-push|-pull|-rebuild|-views|))?(?:/(layer|block))?(?:@(auto|xla|cudnn))?(?::(none|dots|attention|full))?"
 )
 
 _LIME = {
     "": LimeConfig(),
     "-push": LimeConfig(backward="push"),
+    "-pull": LimeConfig(backward="pull"),
     "-rebuild": LimeConfig(backward="rebuild"),
     "-views": LimeConfig("dynamic_views"),
 }

@@ -39,6 +39,7 @@ from lime_jax import (
 ARMS: dict[str, MixingConfig | None] = {
     "none": None,
     "static_kv, push": LimeConfig(backward="push"),
+    "static_kv, pull": LimeConfig(backward="pull"),
     "static_kv, write_once": LimeConfig(backward="write_once"),
     "static_kv, rebuild": LimeConfig(backward="rebuild"),
     "dynamic_kv": LimeConfig("dynamic_kv"),

@@ -99,8 +99,8 @@ class DecoderConfig:
         remat: What of a layer is kept for the backward pass, the rest being computed again there: "none" computes
             nothing again, "dots" keeps the products with weights, "attention" queries, keys, values and what attention
             gives, "full" the layer's input, and the FAM (see `fam_jax.remat`). A scanned stack that mixes layers by
-            another way than "push" always computes layers again, so that it takes "none" or "full", of which the latter
-            also has attention's scores of one block at a time.
+            another way than "push" or "pull" always computes layers again, so that it takes "none" or "full", of which
+            the latter also has attention's scores of one block at a time.
         scan_layers: One compiled layer in a `jax.lax.scan`; False unrolls them. Same parameters either way.
         sharding: What is spread over which axis of the mesh, if there is one; see `fam_jax.sharding`.
     """
@@ -164,10 +164,11 @@ class DecoderConfig:
         for field in ("parallel_block", "attention_bias", "post_norms", "qk_norm", "tie_embeddings", "scan_layers"):
             check_bool(name, field, getattr(self, field))
         mixer = make_mixer(self.mixing, shape_of(self))
-        if self.remat in ("dots", "attention") and self.scan_layers and mixer.per_layer and mixer.backward != "push":
+        whole = self.scan_layers and mixer.per_layer and mixer.backward not in ("push", "pull")
+        if self.remat in ("dots", "attention") and whole:
             raise ValueError(
                 f"DecoderConfig.remat={self.remat!r} is not possible with mixing={self.mixing!r}, whose scanned layers "
-                "are always computed again as a whole; use 'none' or 'full', backward='push' where the mixing has it, "
+                "are always computed again as a whole; use 'none' or 'full', backward='pull' where the mixing has it, "
                 "or scan_layers=False"
             )
         self._check_memory()

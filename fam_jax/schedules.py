@@ -195,7 +195,7 @@ def _run_layers(
         carry,
         xs,
         banks,
-        mixer.columns(mixing) if banks and mixer.backward == "push" else None,
+        mixer.columns(mixing) if banks and mixer.backward in ("push", "pull") else None,
         scan=config.scan_layers,
         remat=config.remat != "none",
         policy=POLICIES[config.remat],

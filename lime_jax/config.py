@@ -44,8 +44,9 @@ class LimeConfig:
         activation: Of dynamic_views: "softmax" or "relu".
         backward: How gradients are had under a scan over layers without memory quadratic in depth. "write_once"
             keeps each layer's input and every layer's sources once, and recomputes the layer. "rebuild" keeps only
-            the inputs, and recomputes the sources too. "push" adds each source to all later layers as it
-            appears, and recomputes only if the model asks for it; for static_kv and average.
+            the inputs, and recomputes the sources too. "push" adds each source to all later layers as it appears,
+            and "pull" reads them as "write_once" does; both recompute only if the model asks for it, and are for
+            static_kv and average.
     """
 
     router: str = "static_kv"
@@ -65,7 +66,7 @@ class LimeConfig:
             )
         _check_choice(name, "init", self.init, ("random", "zeros", "all_random"))
         _check_choice(name, "activation", self.activation, ("softmax", "relu"))
-        _check_choice(name, "backward", self.backward, ("write_once", "rebuild", "push"))
+        _check_choice(name, "backward", self.backward, ("write_once", "rebuild", "push", "pull"))
         for field, default, routers in (
             ("same_head", False, ("static_kv", "dynamic_kv")),
             ("separate_kv", False, ("static_kv", "dynamic_kv")),
@@ -80,9 +81,9 @@ class LimeConfig:
                     f"LimeConfig.{field}={value!r} has no meaning for router={self.router!r}; it is for "
                     f"{' and '.join(routers)}"
                 )
-        if self.backward == "push" and self.router not in ("static_kv", "average"):
+        if self.backward in ("push", "pull") and self.router not in ("static_kv", "average"):
             raise ValueError(
-                f"LimeConfig.backward='push' is not possible with router={self.router!r}: pushing needs weights "
+                f"LimeConfig.backward={self.backward!r} is not possible with router={self.router!r}: it needs weights "
                 "that do not depend on the reading layer's activations; use 'write_once'"
             )
 

@@ -146,3 +146,23 @@ class Mixer:
     def contribute(self, column: Any, slot: Array) -> Array:
         """Push form: what a source slot [..., slot] adds to every layer [l, ..., slot]."""
         raise NotImplementedError
+
+    def pack(self, slot: Array) -> Array:
+        """Pull form: a slot [..., slot] as the bank has it."""
+        raise NotImplementedError
+
+    def unpack(self, packed: Array) -> Array:
+        """Pull form: the inverse of `pack`."""
+        raise NotImplementedError
+
+    def pull(self, weights: Any, bank: Array) -> Array:
+        """Pull form: the mixture [..., slot] of packed slots [j, ...], by a layer's weights of them."""
+        raise NotImplementedError
+
+    def pull_back(self, weights: Any, bank: Array) -> Array:
+        """Pull form: the packed gradient of a slot, by its column, from those of all layers' mixtures [l, ...]."""
+        raise NotImplementedError
+
+    def pull_weights(self, weights: Any, bank: Array, d_bank: Array) -> Any:
+        """Pull form: the gradient of all columns, from all packed slots and the gradients of all mixtures."""
+        raise NotImplementedError

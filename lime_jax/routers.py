@@ -109,6 +109,34 @@ class StaticKV(_KeyValueRouter):
         into, out = self.equation.split("->")
         return contract(into.replace("j", "l", 1).replace("j", "") + "->l" + out, column, slot)
 
+    # Pull form. Slots have their heads in front of the rows, so that nothing is moved for the products with the bank,
+    # which has n for all rows: "jhg,jgnsk->hnsk", and so on.
+
+    @property
+    def _letters(self) -> tuple[str, str]:
+        """Letters of a source's weights, without j, and of a slot's heads."""
+        weights, slot = self.equation.split("->")[0].split(",")
+        return weights.removeprefix("j"), slot[-2]
+
+    def pack(self, slot: Array) -> Array:
+        return jnp.moveaxis(slot, -2, 0)
+
+    def unpack(self, packed: Array) -> Array:
+        return jnp.moveaxis(packed, 0, -2)
+
+    def pull(self, weights: Array, bank: Array) -> Array:
+        letters, heads = self._letters
+        return self.unpack(contract(f"j{letters},j{heads}...sk->h...sk", weights, bank))
+
+    def pull_back(self, weights: Array, bank: Array) -> Array:
+        letters, heads = self._letters
+        return contract(f"l{letters},lh...sk->{heads}...sk", weights, bank).astype(bank.dtype)
+
+    def pull_weights(self, weights: Array, bank: Array, d_bank: Array) -> Array:
+        letters, heads = self._letters
+        bank, d_bank = (part.reshape(*part.shape[:2], -1, *part.shape[-2:]) for part in (bank, d_bank))
+        return contract(f"j{heads}nsk,lhnsk->jl{letters}", bank, d_bank).astype(weights.dtype)
+
 
 class Average(StaticKV):
     """The fixed mean over layers, head by head (the paper's table 7); no parameters."""

@@ -1,13 +1,16 @@
 """Layers one after another, each reading the bank of those before it, with memory linear in depth.
 
 Under a `jax.lax.scan` over layers the bank would be part of the carry, and the backward pass would keep a copy of all
-of it for every layer. There are two ways round that, with the same gradients:
+of it for every layer. There are three ways round that, with the same gradients:
 
 * write once: each slot is written by one layer and never changed, and no layer reads slots of later ones. So the
   finished bank can stand in for all its earlier versions: the backward pass keeps each layer's input and the bank,
   and recomputes layer after layer from the last to the first.
 * push: where weights do not depend on activations, a layer's slot is added to all later layers' mixtures as soon as
   it is there. That is linear, so nothing of it has to be kept.
+* pull: with such weights, too, each mixture is one product with the bank when its layer needs it, and the way back the
+  same: the gradient of a layer's slot is one product with the gradients of later layers' mixtures, which are a bank
+  that is written once, from the last layer to the first. Layers are computed again only if that is asked for.
 """
 
 from collections.abc import Callable, Mapping
@@ -49,7 +52,7 @@ def run_layers(
         carry: What goes from layer to layer; floating point.
         xs: What each layer has of its own, with a leading layer axis.
         banks: The empty banks [j, ...] by name, slots before the first layer filled. None of them without mixing.
-        columns: `mixer.columns` of all parameters, for the push form.
+        columns: `mixer.columns` of all parameters, for the push and the pull form.
         scan: One compiled layer in a `jax.lax.scan`, or all layers unrolled.
         remat: Recompute a layer in the backward pass; the write-once form always does.
         policy: With `remat`, what is kept beside a layer's input, one of `jax.checkpoint_policies`; None is nothing. In
@@ -58,7 +61,7 @@ def run_layers(
             are not kept but recomputed at the start of the backward pass.
 
     Returns:
-        The last carry, the filled banks (empty in the push form), and every y stacked over layers.
+        The last carry, the filled banks (empty in the push and the pull form), and every y stacked over layers.
     """
     if not banks:
 
@@ -72,6 +75,8 @@ def run_layers(
         return carry, banks, ys
     if mixer.backward == "push":
         return _push(mixer, body, consts, carry, xs, banks, columns, scan, remat, policy)
+    if mixer.backward == "pull" and scan:
+        return _pull(mixer, body, consts, carry, xs, banks, columns, remat, policy)
     if not scan:
         return _unrolled(mixer, body, consts, carry, xs, banks, remat, policy)
     return _write_once(mixer, body, consts, carry, xs, banks, rebuild if mixer.backward == "rebuild" else ())
@@ -144,6 +149,100 @@ def _push(mixer, body, consts, carry, xs, banks, columns, scan, remat, policy):
     column = jax.tree.map(lambda leaf: leaf[first:].reshape(layers, per, *leaf.shape[1:]), columns)
     totals = {name: start(bank) for name, bank in banks.items()}
     (carry, _), ys = _loop(step, (carry, totals), (xs, jnp.arange(layers), column), scan)
+    return carry, {}, ys
+
+
+def _pull(mixer, body, consts, carry, xs, banks, columns, remat, policy):
+    layers = _length(xs)
+    diff, rest, join = split_floating((consts, carry, xs))
+
+    def layer(consts, carry, x, number, pulled):
+        depths = {name: Depth(None, number, number, (), mixture) for name, mixture in pulled.items()}
+        carry, slots, y = body(consts, carry, x, depths)
+        return carry, {name: slots[name][0] for name in banks}, y
+
+    if remat:
+        layer = jax.checkpoint(layer, prevent_cse=False, policy=policy)
+
+    def write(packed, slots, number):
+        return {
+            name: jax.lax.dynamic_update_index_in_dim(bank, mixer.pack(slots[name]).astype(bank.dtype), number, 0)
+            for name, bank in packed.items()
+        }
+
+    def operands(columns, diff, rest):
+        """What a step has of its own, and what all share."""
+        consts, carry, xs = join(diff, rest)
+        return carry, (xs, jnp.moveaxis(columns, 1, 0), jnp.arange(layers)), consts
+
+    def one(consts, carry, x, packed):
+        """A layer as a function of what has gradients, and this."""
+        x, weights, number = x
+        diff_consts, rest_consts, join_consts = split_floating(consts)
+        diff_x, rest_x, join_x = split_floating(x)
+
+        def run(diff_consts, carry, diff_x, pulled):
+            return layer(join_consts(diff_consts, rest_consts), carry, join_x(diff_x, rest_x), number, pulled)
+
+        pulled = {name: mixer.pull(weights, bank) for name, bank in packed.items()}
+        return run, (diff_consts, carry, diff_x, pulled)
+
+    @jax.custom_vjp
+    def call(columns, empty, diff, rest):
+        carry, steps, consts = operands(columns, diff, rest)
+
+        def step(state, x):
+            carry, packed = state
+            run, values = one(consts, carry, x, packed)
+            carry, slots, y = run(*values)
+            return (carry, write(packed, slots, x[-1])), y
+
+        (carry, _), ys = jax.lax.scan(step, (carry, empty), steps)
+        return carry, ys
+
+    back: Any = None  # how to put a layer's pull-back together, known once it has been traced
+
+    def call_forward(columns, empty, diff, rest):
+        carry, steps, consts = operands(columns, diff, rest)
+
+        def step(state, x):
+            nonlocal back
+            carry, packed = state
+            run, values = one(consts, carry, x, packed)
+            (carry, slots, y), pull = jax.vjp(run, *values)
+            # What is there anyhow, weights above all, is not kept once more.
+            leaves, structure = jax.tree.flatten(pull)
+            there = {id(leaf): number for number, leaf in enumerate(jax.tree.leaves((consts, x)))}
+            back = structure, [there.get(id(leaf)) for leaf in leaves]
+            kept = [leaf for leaf in leaves if id(leaf) not in there]
+            return (carry, write(packed, slots, x[-1])), (y, kept)
+
+        (carry, packed), (ys, kept) = jax.lax.scan(step, (carry, empty), steps)
+        return (carry, ys), (columns, diff, rest, packed, kept)
+
+    def call_backward(saved, cotangents):
+        columns, diff, rest, packed, kept = saved
+        d_carry, d_ys = cotangents
+        _, steps, consts = operands(columns, diff, rest)
+        structure, sources = back
+
+        def step(state, x):
+            d_carry, d_packed, d_consts = state
+            x, kept, d_y, weights = x
+            there, own = jax.tree.leaves((consts, x)), iter(kept)
+            leaves = [next(own) if source is None else there[source] for source in sources]
+            d_slots = {name: mixer.unpack(mixer.pull_back(weights, bank)) for name, bank in d_packed.items()}
+            d_here, d_carry, d_x, d_pulled = jax.tree.unflatten(structure, leaves)((d_carry, d_slots, d_y))
+            d_consts = jax.tree.map(jnp.add, d_consts, d_here)
+            return (d_carry, write(d_packed, d_pulled, x[-1]), d_consts), d_x
+
+        start = (d_carry, *jax.tree.map(jnp.zeros_like, (packed, split_floating(consts)[0])))
+        (d_carry, d_packed, d_consts), d_xs = jax.lax.scan(step, start, (steps, kept, d_ys, columns), reverse=True)
+        d_columns = sum(mixer.pull_weights(columns, packed[name], d_packed[name]) for name in packed)
+        return d_columns, None, jax.tree.leaves((d_consts, d_carry, d_xs)), None
+
+    call.defvjp(call_forward, call_backward)
+    carry, ys = call(columns, {name: jax.vmap(mixer.pack)(bank) for name, bank in banks.items()}, diff, rest)
     return carry, {}, ys
 
 

@@ -53,7 +53,7 @@ MODELS = {
         remat="dots",
     ),
     "FAM, one key head": dataclasses.replace(PLAIN, memory=MEMORY, num_kv_heads=1, remat="full"),
-    "LIMe": dataclasses.replace(PLAIN, mixing=LimeConfig()),
+    "LIMe": dataclasses.replace(PLAIN, mixing=LimeConfig(backward="pull")),
     "FAM with LIMe": dataclasses.replace(PLAIN, memory=MEMORY, mixing=LimeConfig(), remat="full"),
     "FAM, one key head, block schedule": dataclasses.replace(PLAIN, memory=MEMORY, num_kv_heads=1, schedule="block"),
     "FAM with LoRA": dataclasses.replace(

@@ -130,6 +130,7 @@ MIXINGS = {
     "same_head": LimeConfig(same_head=True),
     "separate_kv": LimeConfig(separate_kv=True),
     "push": LimeConfig(backward="push"),
+    "pull": LimeConfig(backward="pull"),
     "average": LimeConfig("average"),
     "dynamic_kv": LimeConfig("dynamic_kv"),
     "static_hidden": LimeConfig("static_hidden"),

@@ -254,7 +254,8 @@ def test_what_is_no_program():
 
 
 @pytest.mark.parametrize(
-    ("mixing", "remat"), [(None, "full"), (LimeConfig(), "none"), (LimeConfig(backward="push"), "none")]
+    ("mixing", "remat"),
+    [(None, "full"), (LimeConfig(), "none"), *((LimeConfig(backward=way), "none") for way in ("push", "pull"))],
 )
 def test_the_fam_scan_is_found_in_both_passes(mixing, remat):
     """It is what lies in the loop over layers and runs once a block, however the gradient is had."""

@@ -35,6 +35,7 @@ def x64():
         *((None, memory) for memory in MEMORIES),
         *((mixing, "fam") for mixing in (STATIC["static_kv"], DYNAMIC["dynamic_views"])),
         (LimeConfig(backward="push"), "bswa"),
+        (LimeConfig(backward="pull"), "fam"),
         (HyperConnectionsConfig(), "bswa"),
         (AttentionResidualsConfig(), "bswa"),
         (DenseFormerConfig(), "full"),

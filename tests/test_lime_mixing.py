@@ -134,13 +134,22 @@ def test_orders_agree_in_parallel_blocks(name, x64):
     [
         ("push", "full"),
         ("rebuild", "none"),
+        ("pull", "none"),
         pytest.param("push", "none", marks=pytest.mark.slow),
+        pytest.param("pull", "full", marks=pytest.mark.slow),
         pytest.param("rebuild", "full", marks=pytest.mark.slow),
     ],
 )
 def test_ways_to_the_gradient_agree(backward, remat, x64):
     config = fam(LimeConfig(), remat=remat)
     other = dataclasses.replace(config, mixing=LimeConfig(backward=backward))
+    assert_trees_close(values_and_gradients(other), values_and_gradients(config), 1e-10)
+
+
+@mostly_slow(["same head", "separate", "separate, same head, first", "average, last", "last"], fast=("separate",))
+def test_what_is_pulled_is_what_is_read(name, x64):
+    config = fam(VARIANTS[name], num_kv_heads=2)
+    other = dataclasses.replace(config, mixing=dataclasses.replace(VARIANTS[name], backward="pull"))
     assert_trees_close(values_and_gradients(other), values_and_gradients(config), 1e-10)
 
 

@@ -29,6 +29,8 @@ SHAPE = Shape(num_layers=6, d_model=8, num_heads=4, num_kv_heads=4, head_dim=4)
         ({"activation": "relu"}, "LimeConfig.activation='relu' has no meaning for"),
         ({"same_head": 1}, "LimeConfig.same_head=1 is not allowed; it must be True or False"),
         ({"router": "dynamic_kv", "backward": "push"}, "LimeConfig.backward='push' is not possible"),
+        ({"router": "static_hidden", "backward": "pull"}, "LimeConfig.backward='pull' is not possible"),
+        ({"backward": "twice"}, "LimeConfig.backward='twice' is not known"),
     ],
 )
 def test_wrong_config(change, message):

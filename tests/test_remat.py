@@ -21,6 +21,7 @@ MODELS = {
     "FAM, block schedule": dataclasses.replace(FAM, schedule="block"),
     "FAM, unrolled": dataclasses.replace(FAM, scan_layers=False),
     "FAM with LIMe, pushed": dataclasses.replace(FAM, mixing=LimeConfig(backward="push")),
+    "FAM with LIMe, pulled": dataclasses.replace(FAM, mixing=LimeConfig(backward="pull")),
     "FAM with LIMe, unrolled": dataclasses.replace(FAM, mixing=LimeConfig(), scan_layers=False),
     "FAM with streams": dataclasses.replace(FAM, mixing=HyperConnectionsConfig()),
 }
@@ -50,7 +51,7 @@ def test_policies():
     assert list(POLICIES) == ["none", "dots", "attention", "full"]
 
 
-@models("BSWA", "FAM, block schedule", "FAM with LIMe, pushed")
+@models("BSWA", "FAM, block schedule", "FAM with LIMe, pulled")
 def test_values_and_gradients_are_the_same(name):
     with jax.enable_x64(True):
         config = dataclasses.replace(MODELS[name], dtype="float64", param_dtype="float64")
