@@ -35,6 +35,7 @@ BESIDE = {
     "passkey-million-seed": "configs.passkey, 1,048,576 tokens",
     "passkey-late-seed": "configs.passkey, seed 7",
     "passkey-decoys-seed": "configs.passkey, trained and asked with decoys",
+    "passkey-decoys-million-seed": "configs.passkey, decoys, 1,048,576 tokens",
 }
 
 
