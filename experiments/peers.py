@@ -1,13 +1,13 @@
 """x-transformers (PyTorch) at the shapes of our models, for `experiments.speed`.
 
 An arm is `x-transformers[+lime][:compile]`: full attention by PyTorch's own fused kernel, rotary positions, RMS norms,
-gated feed-forward and tied embeddings, as many weights as the decoder of `full` has; with LIMe its layer integration,
-which is `dynamic_views` of ours; and with torch.compile. Needs `pip install -e ".[x-transformers]"`.
+gated feed-forward and tied embeddings, as the decoder of `full:none`, but for the bias of its gate; with LIMe its layer
+integration, which is `full+lime-views:none` of ours, but for the first layer's attention; and with torch.compile. Needs
+`pip install -e ".[x-transformers]"`. On a GPU, PyTorch keeps memory that it has freed: `--apart` leaves room for it.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +18,10 @@ import numpy as np
 from fam_jax import DecoderConfig
 
 _ARM = re.compile(r"x-transformers(\+lime)?(:compile)?")
+# What our decoder has to be like to be compared.
+_SAME = {"memory": None, "parallel_block": False, "activation": "silu", "tie_embeddings": True, "qk_norm": False}
+_SAME |= {"post_norms": False, "attention_bias": False, "attention_softcap": None, "logit_softcap": None}
+_SAME |= {"rope_scaling": None, "local_window": None}
 
 
 def is_peer(arm: str) -> bool:
@@ -27,7 +31,7 @@ def is_peer(arm: str) -> bool:
 
 def our_arm(arm: str) -> str:
     """The arm of our decoder that has the same shapes."""
-    return "full+lime-views" if "+lime" in arm else "full"
+    return "full+lime-views:none" if "+lime" in arm else "full:none"
 
 
 def functions(mode: str, config: DecoderConfig, arm: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -39,29 +43,37 @@ def functions(mode: str, config: DecoderConfig, arm: str) -> tuple[Callable[...,
         arm: Its name.
 
     Raises:
-        ValueError: The mode is another, or a library is not installed.
+        ValueError: The mode is another, the model has what x-transformers is not told of here, or PyTorch or
+            x-transformers is missing, broken, or has not the device that JAX has.
     """
     if mode not in ("train", "forward"):
         raise ValueError(f"modes has {mode!r}, which x-transformers is not measured in; leave it or {arm!r} out")
-    missing = [name for name in ("torch", "x_transformers") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f'{arm!r} needs {missing[0]}: pip install -e ".[x-transformers]"')
-    import torch  # heavy, and an extra
-
-    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-    half = config.dtype == "bfloat16"
+    other = [name for name, value in _SAME.items() if getattr(config, name) != value]
+    if other:
+        raise ValueError(f"{arm!r} has not the {other[0]}={getattr(config, other[0])!r} of the preset; take another")
+    try:
+        import torch  # heavy, and an extra
+        import x_transformers  # noqa: F401
+    except (ImportError, OSError) as error:
+        raise ValueError(f'{arm!r} needs pip install -e ".[x-transformers]": {error}') from error
+    device = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend())
+    if device is None or (device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"{arm!r} cannot run on a {jax.default_backend()} with this PyTorch; leave it out")
+    torch.set_float32_matmul_precision("high")  # as JAX computes on a GPU
 
     def loss(network: Any, tokens: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device, torch.bfloat16, enabled=half):
+        with torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             logits = network(tokens)
         targets = torch.roll(tokens, -1, dims=1)
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
+    if arm.endswith(":compile"):
+        loss = torch.compile(loss, dynamic=False)
+
     def make(key: jax.Array) -> Any:
         torch.manual_seed(0)
         network = model(config, "+lime" in arm).to(device)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=1e-4, fused=True)
-        return (torch.compile(network) if arm.endswith(":compile") else network), optimizer
+        return network, torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=1e-4, fused=True)
 
     def step(carry: Any, tokens: jax.Array) -> Any:
         network, optimizer = carry
@@ -100,7 +112,7 @@ def model(config: DecoderConfig, lime: bool) -> Any:
             rotary_pos_emb=True,
             rotary_emb_dim=config.head_dim,
             use_rmsnorm=True,
-            ff_mult=config.d_ff / config.d_model,
+            ff_mult=(config.d_ff + 0.5) / config.d_model,  # is rounded down
             ff_glu=True,
             ff_swish=True,
             ff_no_bias=True,

@@ -1,9 +1,9 @@
 """Speed of whole models: `python -m experiments.benchmark speed`.
 
 An arm is written MEMORY[+lime][/SCHEDULE][@ATTENTION][:REMAT], see `experiments.arms`, or is of another library, see
-`experiments.peers`. All programs are compiled first,
-and then the arms of a length and batch run in turns, so that whatever else the machine does meets all of them. An arm
-that cannot be compiled, or does not fit into memory, is reported as that, and the others go on.
+`experiments.peers`. All programs are compiled first, and then the arms of a length and batch run in turns, so that
+whatever else the machine does meets all of them. An arm that cannot be compiled, or does not fit into memory, is
+reported as that, and the others go on.
 
 Utilisation (MFU) is by what a model needs: nothing computed twice, only keys that are seen. Beside it are that of the
 hardware, by all operations of the program, and the speed relative to plain matrix products on the same machine.
@@ -81,8 +81,8 @@ class Cell:
         config: The decoder's.
         make: Compiled, key -> what the first step is given.
         step: Compiled, (carry, tokens) -> (carry, anything).
-        compile_seconds: Of the step; with several jobs others were compiled meanwhile.
-        peak_bytes: Memory of the device that the step needs at once, arguments and results included.
+        compile_seconds: Of the step; with several jobs others were compiled meanwhile. None of another library's.
+        peak_bytes: Memory of the device that the step needs at once, arguments and results included; None likewise.
         counted: Operations of the step as its program has them; None if they cannot be counted.
         seconds: Of each counted step.
         error: Why there are none.
@@ -95,8 +95,8 @@ class Cell:
     config: DecoderConfig
     make: Any = None
     step: Any = None
-    compile_seconds: float = 0.0
-    peak_bytes: int = 0
+    compile_seconds: float | None = None
+    peak_bytes: int | None = None
     counted: int | None = None
     seconds: list[float] = dataclasses.field(default_factory=list)
     error: str | None = None
@@ -235,8 +235,8 @@ def summary(cell: Cell, first: Cell, speed: float) -> dict[str, Any]:
         "of_product": needed / seconds / speed if needed else None,
         "counted_flops": cell.counted,
         "hardware": flops.mfu(cell.counted, seconds, device, 1) if cell.counted else None,
-        "peak_gib": cell.peak_bytes / 2**30,
-        "compile_seconds": round(cell.compile_seconds, 2),
+        "peak_gib": None if cell.peak_bytes is None else cell.peak_bytes / 2**30,
+        "compile_seconds": None if cell.compile_seconds is None else round(cell.compile_seconds, 2),
     }
 
 
@@ -258,8 +258,8 @@ def table(result: results.Result) -> str:
                     f"{one['tokens_per_second']:,.0f}",
                     f"{one['ratio']:.3f}",
                     *(share(one[name]) for name in ("mfu", "hardware", "of_product")),
-                    f"{one['peak_gib']:.2f}" if one["peak_gib"] else "–",  # another library's is not known
-                    f"{one['compile_seconds']:.1f}" if one["peak_gib"] else "–",
+                    "–" if one["peak_gib"] is None else f"{one['peak_gib']:.2f}",
+                    "–" if one["compile_seconds"] is None else f"{one['compile_seconds']:.1f}",
                 ]
             )
     product = result.values["product"]

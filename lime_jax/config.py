@@ -45,8 +45,8 @@ class LimeConfig:
         backward: How gradients are had under a scan over layers without memory quadratic in depth. "write_once"
             keeps each layer's input and every layer's sources once, and recomputes the layer. "rebuild" keeps only
             the inputs, and recomputes the sources too. "push" adds each source to all later layers as it appears,
-            and "pull" reads them as "write_once" does; both recompute only if the model asks for it, and are for
-            static_kv and average.
+            and "pull" keeps them in a bank, of which each layer's mixture is one product; both recompute only if the
+            model asks for it, and are for static_kv and average.
     """
 
     router: str = "static_kv"

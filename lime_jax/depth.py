@@ -23,7 +23,7 @@ class Depth:
         live: Slots that earlier layers have written.
         layer: Number of the layer, from 0.
         own: Slots that this layer has written so far, each [..., slot].
-        pushed: In the push form, the finished mixture of all earlier slots, in place of a bank.
+        pushed: In the push and the pull form, the finished mixture of all earlier slots, in place of a bank.
     """
 
     bank: Array | None

@@ -140,7 +140,7 @@ class Mixer:
         return carry, depth
 
     def columns(self, params: Params) -> Any:
-        """Push form: weights of each source slot for all later layers, stacked over slots."""
+        """Push and pull form: weights of each source slot for all later layers, stacked over slots."""
         raise NotImplementedError
 
     def contribute(self, column: Any, slot: Array) -> Array:
@@ -163,6 +163,6 @@ class Mixer:
         """Pull form: the packed gradient of a slot, by its column, from those of all layers' mixtures [l, ...]."""
         raise NotImplementedError
 
-    def pull_weights(self, weights: Any, bank: Array, d_bank: Array) -> Any:
+    def pull_weights(self, bank: Array, d_bank: Array) -> Array:
         """Pull form: the gradient of all columns, from all packed slots and the gradients of all mixtures."""
         raise NotImplementedError

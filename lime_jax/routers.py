@@ -109,8 +109,8 @@ class StaticKV(_KeyValueRouter):
         into, out = self.equation.split("->")
         return contract(into.replace("j", "l", 1).replace("j", "") + "->l" + out, column, slot)
 
-    # Pull form. Slots have their heads in front of the rows, so that nothing is moved for the products with the bank,
-    # which has n for all rows: "jhg,jgnsk->hnsk", and so on.
+    # Pull form. Slots have their heads in front of the rows, so that nothing is moved for the products with the bank:
+    # "jhg,jg...sk->h...sk", and so on.
 
     @property
     def _letters(self) -> tuple[str, str]:
@@ -132,10 +132,10 @@ class StaticKV(_KeyValueRouter):
         letters, heads = self._letters
         return contract(f"l{letters},lh...sk->{heads}...sk", weights, bank).astype(bank.dtype)
 
-    def pull_weights(self, weights: Array, bank: Array, d_bank: Array) -> Array:
+    def pull_weights(self, bank: Array, d_bank: Array) -> Array:
         letters, heads = self._letters
-        bank, d_bank = (part.reshape(*part.shape[:2], -1, *part.shape[-2:]) for part in (bank, d_bank))
-        return contract(f"j{heads}nsk,lhnsk->jl{letters}", bank, d_bank).astype(weights.dtype)
+        rows = "abcdef"[: bank.ndim - 4]
+        return contract(f"j{heads}{rows}sk,lh{rows}sk->jl{letters}", bank, d_bank)
 
 
 class Average(StaticKV):

@@ -45,14 +45,14 @@ def run_layers(
     """Runs all layers of a model.
 
     Args:
-        mixer: Says how many slots there are, and how they are pushed.
+        mixer: Says how many slots there are, and how they are pushed or pulled.
         body: One layer: (consts, carry, x, depths) -> (carry, slots, y). `depths` has the Depth of every bank, `slots`
             the own slots, in their order, that the layer adds to it. It must not close over traced arrays.
         consts: What all layers share, any arrays.
         carry: What goes from layer to layer; floating point.
         xs: What each layer has of its own, with a leading layer axis.
         banks: The empty banks [j, ...] by name, slots before the first layer filled. None of them without mixing.
-        columns: `mixer.columns` of all parameters, for the push and the pull form.
+        columns: `mixer.columns` of all parameters, for the push and the pull form; of the latter one array [j, l, ...].
         scan: One compiled layer in a `jax.lax.scan`, or all layers unrolled.
         remat: Recompute a layer in the backward pass; the write-once form always does.
         policy: With `remat`, what is kept beside a layer's input, one of `jax.checkpoint_policies`; None is nothing. In
@@ -61,7 +61,8 @@ def run_layers(
             are not kept but recomputed at the start of the backward pass.
 
     Returns:
-        The last carry, the filled banks (empty in the push and the pull form), and every y stacked over layers.
+        The last carry, the filled banks (none in the push form, nor in the pull form of scanned layers), and every y
+        stacked over layers.
     """
     if not banks:
 
@@ -153,6 +154,7 @@ def _push(mixer, body, consts, carry, xs, banks, columns, scan, remat, policy):
 
 
 def _pull(mixer, body, consts, carry, xs, banks, columns, remat, policy):
+    assert (mixer.first, mixer.per_layer) == (0, 1), "a layer's number is that of its slot"
     layers = _length(xs)
     diff, rest, join = split_floating((consts, carry, xs))
 
@@ -200,7 +202,8 @@ def _pull(mixer, body, consts, carry, xs, banks, columns, remat, policy):
         (carry, _), ys = jax.lax.scan(step, (carry, empty), steps)
         return carry, ys
 
-    back: Any = None  # how to put a layer's pull-back together, known once it has been traced
+    # How to put a layer's pull-back together. Tracing the forward pass tells, which comes before the backward pass.
+    back: Any = None
 
     def call_forward(columns, empty, diff, rest):
         carry, steps, consts = operands(columns, diff, rest)
@@ -210,9 +213,9 @@ def _pull(mixer, body, consts, carry, xs, banks, columns, remat, policy):
             carry, packed = state
             run, values = one(consts, carry, x, packed)
             (carry, slots, y), pull = jax.vjp(run, *values)
-            # What is there anyhow, weights above all, is not kept once more.
+            # What is there anyhow, weights above all, is not kept once more, nor what is soon had again from the bank.
             leaves, structure = jax.tree.flatten(pull)
-            there = {id(leaf): number for number, leaf in enumerate(jax.tree.leaves((consts, x)))}
+            there = {id(leaf): number for number, leaf in enumerate(jax.tree.leaves((consts, x, values[-1])))}
             back = structure, [there.get(id(leaf)) for leaf in leaves]
             kept = [leaf for leaf in leaves if id(leaf) not in there]
             return (carry, write(packed, slots, x[-1])), (y, kept)
@@ -229,7 +232,8 @@ def _pull(mixer, body, consts, carry, xs, banks, columns, remat, policy):
         def step(state, x):
             d_carry, d_packed, d_consts = state
             x, kept, d_y, weights = x
-            there, own = jax.tree.leaves((consts, x)), iter(kept)
+            pulled = {name: mixer.pull(x[1], bank) for name, bank in packed.items()}  # weights of later slots are 0
+            there, own = jax.tree.leaves((consts, x, pulled)), iter(kept)
             leaves = [next(own) if source is None else there[source] for source in sources]
             d_slots = {name: mixer.unpack(mixer.pull_back(weights, bank)) for name, bank in d_packed.items()}
             d_here, d_carry, d_x, d_pulled = jax.tree.unflatten(structure, leaves)((d_carry, d_slots, d_y))
@@ -238,7 +242,7 @@ def _pull(mixer, body, consts, carry, xs, banks, columns, remat, policy):
 
         start = (d_carry, *jax.tree.map(jnp.zeros_like, (packed, split_floating(consts)[0])))
         (d_carry, d_packed, d_consts), d_xs = jax.lax.scan(step, start, (steps, kept, d_ys, columns), reverse=True)
-        d_columns = sum(mixer.pull_weights(columns, packed[name], d_packed[name]) for name in packed)
+        d_columns = sum(mixer.pull_weights(packed[name], d_packed[name]) for name in packed).astype(columns.dtype)
         return d_columns, None, jax.tree.leaves((d_consts, d_carry, d_xs)), None
 
     call.defvjp(call_forward, call_backward)

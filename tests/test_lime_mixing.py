@@ -153,6 +153,28 @@ def test_what_is_pulled_is_what_is_read(name, x64):
     assert_trees_close(values_and_gradients(other), values_and_gradients(config), 1e-10)
 
 
+@pytest.mark.slow
+def test_pulled_in_the_block_schedule(x64):
+    config = fam(LimeConfig())
+    other = dataclasses.replace(config, mixing=LimeConfig(backward="pull"), schedule="block", remat="full")
+    assert_trees_close(values_and_gradients(other), values_and_gradients(config), 1e-10)
+
+
+def test_pulled_in_half_precision():
+    """The gradient is as near to that of full precision as by the other way."""
+
+    def error(mixing):
+        config = full(mixing, remat="full", dtype="float32", param_dtype="float32")
+        exact, half = (
+            jax.tree.leaves(values_and_gradients(dataclasses.replace(config, dtype=dtype))[1])
+            for dtype in ("float32", "bfloat16")
+        )
+        squares = [(jnp.sum((a - b) ** 2), jnp.sum(b**2)) for a, b in zip(half, exact, strict=True)]
+        return np.sqrt(sum(a for a, _ in squares) / sum(b for _, b in squares))
+
+    assert error(LimeConfig(backward="pull")) < 1.2 * error(LimeConfig())
+
+
 # The others have no weights for layers that may not be read.
 WITH_DEAD_WEIGHTS = ("static_kv", "dynamic_kv", "static_hidden", "dynamic_hidden", "dynamic_views", "DenseFormer")
 

@@ -87,6 +87,7 @@ def test_the_less_is_kept_the_more_is_computed_again(name):
         (None, 0, 1.05),
         (None, 4, 1.3),
         (LimeConfig(), 4, 3.2),
+        (LimeConfig(backward="pull"), 4, 3.2),
     ],  # a FAM of 4 rows to 16 tokens; LIMe keeps keys and values
 )
 def test_memory_of_32_layers_is_what_they_carry(mixing, fam_length, states):
