@@ -11,7 +11,7 @@ from experiments.config import TrainConfig
 
 SIZES = PASSKEY_SIZES
 CORE = True
-VERDICT = "noise of 0.2 or more holds every key to 14 trained lengths; without, all seeds lose most; 0.05 is worse than none"
+VERDICT = "noise of 0.2 or more holds every key to 14 trained lengths; without, all seeds lose most"
 
 
 def arms(size: str) -> dict[str, TrainConfig]:
