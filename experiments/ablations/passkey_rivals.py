@@ -14,6 +14,7 @@ from experiments.data.passkey import PasskeyData
 
 SIZES = PASSKEY_SIZES
 CORE = True
+VERDICT = "ordered as in the paper: only FAM, with or without its feed-forward, is right beyond the trained length"
 
 
 def arms(size: str) -> dict[str, TrainConfig]:

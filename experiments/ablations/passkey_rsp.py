@@ -12,7 +12,7 @@ from experiments.config import TrainConfig
 
 SIZES = PASSKEY_SIZES
 CORE = True
-VERDICT = "as expected here, it teaches to distrust old keys: the more of it, the sooner they are lost; 0.8 learns none"
+VERDICT = "as expected here, it teaches to distrust old keys: the more, the sooner they are lost; 0.8 is seldom learnt"
 
 
 def arms(size: str) -> dict[str, TrainConfig]:
