@@ -5,7 +5,8 @@ GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m experiments.ablate passkey_reach
 Paper (1B): 100 % at 260k tokens after training on 2k to 18k, 14 times the longest. Here the longest trained text has 32
 blocks of 16 words, the key stands anywhere, and it is asked for at up to 256 times that length. `base` is
 `configs.passkey` with fewer steps; every other arm changes one thing. All but `decoys`, whose
-filler is the harder one, are measured on the filler that repeats. Ours: experiments/README.md.
+filler is the harder one, are measured on the filler that repeats. An arm with 0 at 32 blocks has not learnt texts of
+that length in these steps. Ours: experiments/README.md.
 
 Without the short cut, `configs.passkey` itself is measured by these, the second with fewer keys at 1,048,576 tokens:
 
