@@ -16,8 +16,7 @@ python -m experiments.evaluate --checkpoint runs/passkey-seed0 --depth uniform -
 python -m experiments.evaluate --checkpoint runs/passkey-seed0 --depth uniform --lengths 65536 \
     --trials 50 --batch-size 50 --chunk 4096 --name passkey-million-seed0
 
-With `--data.filler decoys` in training the same is done for the harder filler. A million tokens are 4 to 8 minutes on a
-core, in chunks of any size.
+With `--data.filler decoys` in training the same is done for the harder filler.
 
 Its settings were chosen while seeds 0 and 1 were looked at up to 448 blocks, with the filler that repeats, and changed
 neither for longer texts nor for decoys. They are no guarantee: seed 7, which chose nothing, reached the longest texts

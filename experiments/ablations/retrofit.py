@@ -13,7 +13,7 @@ and with it (`FAM-RSP`), and in whole documents (`retrofit_fam_stream`). An untr
 reads (set back to its start after every block, it does better): passed on from step to step, it would be where no
 gradient leads back, hence the arm without. That control tells memory from what rows at hand do besides.
 
-Measured at `gpu` with one seed, on an H200, 2 to 4 minutes an arm: to four times the trained 2,048 tokens a FAM is
+Measured at `gpu` with one seed, on an H200, 2 to 5 minutes an arm: to four times the trained 2,048 tokens a FAM is
 ahead of the same window, in source code and in books. Then it drifts as the untrained one does, and is behind from 16k
 tokens on; Random State Passing holds about twice as long. Set back after every block, it stays ahead to the end: what
 helps are trained rows at hand, and what they carry is not yet worth anything. Qasper's 319 questions, yes or no, by one
