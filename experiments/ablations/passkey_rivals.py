@@ -14,7 +14,7 @@ from experiments.data.passkey import PasskeyData
 
 SIZES = PASSKEY_SIZES
 CORE = True
-VERDICT = "no rival is ahead of FAM at any length; RMT, learnt in two seeds of three, is second, not last as in the paper"
+VERDICT = "no rival is ahead of FAM at any length; RMT, which two seeds of three learn, is not last as in the paper"
 
 
 def arms(size: str) -> dict[str, TrainConfig]:
