@@ -218,8 +218,8 @@ def check_mesh(config: TrainConfig, mesh: Mesh) -> None:
             f"mesh.sequence={size} is not allowed with the {data.title} task, whose rows grow block by block; set "
             "mesh.sequence to 1"
         )
-    if memory is None or config.model.schedule == "block":
-        what = "full attention (model.memory=None)" if memory is None else "model.schedule='block'"
+    if memory is None or config.model.schedule != "layer":
+        what = "full attention (model.memory=None)" if memory is None else f"model.schedule={config.model.schedule!r}"
         raise ValueError(
             f"mesh.sequence={size} is not allowed with {what}, which has no blocks to spread; set mesh.sequence to 1"
         )

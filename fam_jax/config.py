@@ -72,7 +72,8 @@ class DecoderConfig:
         mixing: Mixing along depth, a config of `lime_jax`; None is none.
         lora: Low-rank changes to the weights of layers, which are trained in place of all else; None is none.
         schedule: "layer" runs all blocks of a layer at once and only the FAM in sequence; "block" runs all
-            layers of a block before the next. They compute the same function.
+            layers of a block before the next; "wavefront" runs layer l at block t beside layer l + 1 at block t - 1,
+            for reading one long text on a device that one block does not fill. They compute the same function.
         parallel_block: Attention and feed-forward read one norm and are added together, as in PaLM.
         activation: Of the feed-forward's gate: "silu", or "gelu", its tanh approximation.
         attention_bias: Queries, keys and values have a bias.
@@ -155,7 +156,7 @@ class DecoderConfig:
             raise ValueError(f"DecoderConfig.lora={self.lora!r} is not allowed; give a LoraConfig or None")
         check_choice(name, "activation", self.activation, tuple(ACTIVATIONS))
         check_choice(name, "attention", self.attention, ("auto", "xla", "cudnn"))
-        check_choice(name, "schedule", self.schedule, ("layer", "block"))
+        check_choice(name, "schedule", self.schedule, ("layer", "block", "wavefront"))
         check_choice(name, "remat", self.remat, tuple(POLICIES))
         check_choice(name, "dtype", self.dtype, DTYPES)
         check_choice(name, "param_dtype", self.param_dtype, DTYPES)

@@ -1,4 +1,4 @@
-"""The decoder: parameters, the two schedules, and the streaming interface."""
+"""The decoder: parameters, the schedules, and the streaming interface."""
 
 import dataclasses
 from functools import partial
@@ -18,7 +18,7 @@ from fam_jax.embedding import embed_blocks, read_losses, read_out
 from fam_jax.loss import TokenLosses
 from fam_jax.ops import accumulation_dtype
 from fam_jax.plan import Plan, make_plan
-from fam_jax.schedules import block_schedule, layer_schedule, stack_layers
+from fam_jax.schedules import block_schedule, layer_schedule, stack_layers, wavefront_schedule
 from fam_jax.sequence import check_sequence, over_blocks
 from fam_jax.state import RSPState, StreamState
 from fam_jax.sublayers import LayerStack
@@ -47,7 +47,7 @@ class DecoderOutput:
 class Decoder(nn.Module):
     """PaLM-style decoder: full attention, BSWA or FAM along time, and any mixing of layers along depth.
 
-    Parameters are stacked over layers, whether layers are scanned or not and in either schedule, so checkpoints
+    Parameters are stacked over layers, whether layers are scanned or not and in whichever schedule, so checkpoints
     are interchangeable.
     """
 
@@ -113,8 +113,12 @@ class Decoder(nn.Module):
         mixer = make_mixer(config.mixing, shape_of(config))
         layers = stack_layers(config, mixer, params, key=key, rsp=rsp)
         x = embed_blocks(config, params, call.tokens, layout)
-        # Windows shorter than a block are at most two: the block schedule's loop, which can skip one.
-        schedule = layer_schedule if config.schedule == "layer" and plan.slot is None else block_schedule
+        if plan.slot is not None:  # windows shorter than a block are at most two: the loop that can skip one
+            schedule = block_schedule
+        elif config.schedule == "wavefront" and len(plan.index) > 1:  # one block has a diagonal to itself
+            schedule = wavefront_schedule
+        else:
+            schedule = block_schedule if config.schedule == "block" else layer_schedule
         run = partial(over_blocks, schedule) if spread else schedule
         final = params.get("mixing", {}).get("final", {})
         x, memory, kept = run(config, mixer, layers, final, x, call.state.layers, plan)

@@ -1,4 +1,9 @@
-"""The two schedules: all blocks of a layer before the next layer, or all layers of a block before the next block."""
+"""The three schedules, which compute the same function.
+
+Layer l at block t needs layer l - 1 at block t, and what layer l kept of block t - 1. The layer schedule takes all
+blocks of a layer before the next layer; the block schedule all layers of a block before the next block; the wavefront
+schedule takes all (l, t) of one diagonal l + t at once.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,7 +23,7 @@ from fam_jax.sharding import constrain, gather
 from fam_jax.state import LayerMemory, RSPState
 from fam_jax.sublayers import LayerParams, cast
 from lime_jax import Mixer, run_layers
-from lime_jax.depth import NO_DEPTH
+from lime_jax.depth import NO_DEPTH, Depth
 
 
 class Layers(NamedTuple):
@@ -237,6 +242,67 @@ def block_schedule(
     blocks = (jnp.moveaxis(x, 1, 0)[:, :, None], plan.per_block())
     (memory, kept), x = jax.lax.scan(recompute(config.remat, step), (memory, kept), blocks)
     return jnp.moveaxis(x[:, :, 0], 0, 1), memory, kept
+
+
+def wavefront_schedule(
+    config: DecoderConfig,
+    mixer: Mixer,
+    layers: Layers,
+    final: dict[str, Array],
+    x: Array,
+    memory: LayerMemory,
+    plan: Plan,
+) -> tuple[Array, LayerMemory, Array]:
+    """Diagonal after diagonal: layer l reads block d - l, all layers side by side as one batch.
+
+    Of l layers and n blocks, n + l - 1 steps in sequence in place of the n * l updates of the layer schedule, at the
+    price of l * (l - 1) idle places at the two ends. What layers let later ones read travels along with its block, so
+    that there are l banks; a backward pass keeps those of every step. Arguments and results are those of
+    `layer_schedule`.
+    """
+    layers, count = _climb_all(config, mixer, layers, plan), config.num_layers
+    blocks, plans = jnp.moveaxis(x, 1, 0)[:, :, None], plan.per_block()
+    last = len(blocks) - 1
+    rows = {"tokens": blocks.shape[1:-1]} if mixer.per_layer else {}
+    if config.fam_length and mixer.mixes_rows:
+        rows["fam"] = (*rows["tokens"][:2], config.fam_length)
+
+    def one(number, layers, carry, banks, memory, plan, active):
+        live = mixer.first + number * mixer.per_layer
+        depths = {name: Depth(bank, live, number) for name, bank in banks.items()}
+        carries, params = {"tokens": carry}, gather(config.sharding, layers.params)
+        carries, after, kept, slots = layer(config, mixer, params, carries, memory, layers.inputs, plan, depths)
+        memory = jax.tree.map(lambda new, old: jnp.where(active, new, old), after, memory)
+        banks = {
+            name: jax.lax.dynamic_update_slice_in_dim(bank, jnp.stack(slots[name]), live, 0)
+            for name, bank in banks.items()
+        }
+        return carries["tokens"], banks, memory, kept
+
+    def step(carry, diagonal):
+        entering, banks, memory, kept = carry
+        block = blocks[jnp.minimum(diagonal, last)]
+        entering = entering.at[0].set(mixer.open(block))
+        if mixer.first:  # the embeddings have a slot of their own
+            banks = banks | {"tokens": banks["tokens"].at[0, 0].set(block)}
+        numbers = jnp.arange(count)
+        number = diagonal - numbers
+        active = (number >= 0) & (number <= last)
+        here = jax.tree.map(lambda leaf: leaf[jnp.clip(number, 0, last)], plans)
+        left, banks, memory, new = jax.vmap(one)(numbers, layers, entering, banks, memory, here, active)
+        out = mixer.close(final, left[-1], banks["tokens"][-1] if banks else None)
+        kept = jnp.where((active & here.store[:, 0])[:, None, None], new, kept)
+        left, banks = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), (left, banks))
+        return (left, banks, memory, kept), out
+
+    entering, banks = jax.tree.map(
+        lambda one: jnp.zeros((count, *one.shape), one.dtype),
+        (mixer.open(blocks[0]), {name: mixer.bank(shape, config.dtype) for name, shape in rows.items()}),
+    )
+    kept = jnp.zeros((count, config.fam_length, config.d_model), x.dtype)
+    start, diagonals = (entering, banks, memory, kept), jnp.arange(last + count)
+    (_, _, memory, kept), out = jax.lax.scan(recompute(config.remat, step), start, diagonals)
+    return jnp.moveaxis(out[count - 1 :, :, 0], 0, 1), memory, kept
 
 
 def _climb_all(config: DecoderConfig, mixer: Mixer, layers: Layers, plan: Plan) -> Layers:

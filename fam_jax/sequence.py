@@ -56,10 +56,10 @@ def check_sequence(config: DecoderConfig, time: int, windows: int) -> bool:
     block = config.memory.block_size
     if time < block:
         return False
-    if config.schedule == "block":
+    if config.schedule != "layer":
         raise ValueError(
-            f"schedule='block' reads one block after another, which the mesh's sequence={size} cannot spread; set "
-            "schedule to 'layer', or sequence to 1"
+            f"schedule={config.schedule!r} reads one block after another, which the mesh's sequence={size} cannot "
+            "spread; set schedule to 'layer', or sequence to 1"
         )
     if windows % size:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,36 @@ def test_layer_and_block_schedule_agree_in_values_and_gradients(name, x64):
     assert_trees_close(layer, block, 1e-10)
     for path, leaf in jax.tree_util.tree_leaves_with_path(layer["parameters"]):
         assert np.any(leaf != 0), f"no gradient reaches {jax.tree_util.keystr(path)}"
+
+
+OTHERS = {
+    "fam in some layers": fam_config({"layers": (0, 2)}, num_layers=3),
+    "three fams seen": fam_config({"fam_blocks": 3}),
+    "prefix, clip": fam_config({"fam_init": "prefix", "clip": 0.5}),
+    "static queries": fam_config({"kind": "summary"}),
+    "remat": fam_config(remat="full"),
+}
+QUICK = ("fam", "fam, absolute, pinned, old, in training", "fam in some layers")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=[] if one in QUICK else pytest.mark.slow) for one in CASES | OTHERS]
+)
+def test_wavefront_agrees_in_values_and_gradients(name, x64):
+    config = (CASES | OTHERS)[name]
+    layer = values_and_gradients(config)
+    assert_trees_close(values_and_gradients(dataclasses.replace(config, schedule="wavefront")), layer, 1e-10)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 9])
+def test_wavefront_has_a_step_for_every_diagonal(blocks, x64):
+    """More layers than blocks, and fewer; one block shares its diagonals with none."""
+    config = fam_config(schedule="wavefront", num_layers=4)
+    tokens = some_tokens(1, blocks * B)
+    program = jax.make_jaxpr(lambda variables: Decoder(config).apply(variables, tokens, aligned=True).logits)
+    loops = {int(length) for length in re.findall(r"\blength=(\d+)", str(program(model_shapes(config))))}
+    # Over layers, which the prompt climbs, over the blocks that a layer sees at once, and over diagonals.
+    assert loops == {4, 1, *([blocks + 3] if blocks > 1 else [])}
 
 
 def initial(config):

@@ -121,6 +121,13 @@ def test_orders_agree_in_values_and_gradients(name, x64):
     assert_trees_close(two, one, 1e-10)
 
 
+@mostly_slow(MIXERS, fast=("static_kv", "Hyper-Connections"))
+def test_wavefront_agrees_in_values_and_gradients(name, x64):
+    config = fam(MIXERS[name])
+    two = values_and_gradients(dataclasses.replace(config, schedule="wavefront"))
+    assert_trees_close(two, values_and_gradients(config), 1e-10)
+
+
 @mostly_slow(["dynamic_kv", "dynamic_views", "Attention Residuals", "Hyper-Connections"], fast=("dynamic_kv",))
 def test_orders_agree_in_parallel_blocks(name, x64):
     config = fam(MIXERS[name], parallel_block=True, schedule="block")
