@@ -112,7 +112,7 @@ def books_base(size: str) -> TrainConfig:
     quiet = dataclasses.replace(base, optim=optim, eval_every=0, checkpoint_every=0)
     if size == "cpu":
         data = dataclasses.replace(base.data, source="shakespeare", length=512)
-        return dataclasses.replace(quiet, data=data, steps=600)
+        return dataclasses.replace(quiet, data=data, steps=400)
     if size == "gpu":
         data = dataclasses.replace(base.data, length=2048, batch_size=32, block_size=256)
         memory = MemoryConfig(block_size=256, segments=1, fam_length=16)
@@ -138,7 +138,7 @@ def layers_base(size: str) -> TrainConfig:
     """
     base = books_base("cpu")
     assert isinstance(base.data, TextData)
-    data = dataclasses.replace(base.data, mode="packed", length=256, batch_size=16)
+    data = dataclasses.replace(base.data, mode="packed", length=256)
     if size == "cpu":
         narrow = {"num_layers": 8, "d_model": 64, "num_heads": 4, "num_kv_heads": 4, "head_dim": 16, "d_ff": 192}
         return with_model(dataclasses.replace(base, data=data, steps=600), **narrow, memory=None)

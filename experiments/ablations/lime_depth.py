@@ -25,7 +25,7 @@ def arms(size: str) -> dict[str, TrainConfig]:
         base = with_model(base, d_model=256, num_heads=8, num_kv_heads=8, head_dim=32, d_ff=1024)
     if size == "cpu":
         narrow = with_model(base, d_model=32, num_heads=2, num_kv_heads=2, head_dim=16, d_ff=96)
-        base = dataclasses.replace(with_data(narrow, batch_size=8, length=128), steps=250)
+        base = dataclasses.replace(with_data(narrow, length=128), steps=250)
     made = {}
     for depth in depths:
         made[f"none-{depth}"] = with_model(base, num_layers=depth)
