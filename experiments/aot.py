@@ -49,6 +49,7 @@ class Options:
         preset: Shape of the model; a function of `fam_jax.presets`.
         memory: FAM, its window alone, or full attention.
         lime: With LIMe.
+        attention: What computes it, as `DecoderConfig.attention` says.
         topology: TPU generation and arrangement of chips, e.g. v5e:4x4 or v5p:2x2x4; or h100:8, eight GPUs of a host,
             which needs more (see `experiments.aot_gpu`).
         mesh: Sizes of the mesh's axes, e.g. fsdp=-1,tensor=4; those left out are 1.
@@ -63,6 +64,7 @@ class Options:
     preset: str = "palm_1b"
     memory: Literal["fam", "bswa", "full"] = "fam"
     lime: bool = False
+    attention: Literal["auto", "xla", "splash"] = "auto"
     topology: str = "v5e:4x4"
     mesh: str = "fsdp=-1"
     batch: int = 128
@@ -89,7 +91,8 @@ def model_config(options: Options) -> DecoderConfig:
         raise ValueError(f"preset={options.preset!r} has full attention; give memory='full'")
     elif options.memory == "bswa":
         memory = dataclasses.replace(memory, fam_length=0, rsp=0.0)
-    return dataclasses.replace(model, memory=memory, mixing=LimeConfig() if options.lime else None)
+    mixing = LimeConfig() if options.lime else None
+    return dataclasses.replace(model, memory=memory, mixing=mixing, attention=options.attention)
 
 
 def mesh_config(text: str) -> MeshConfig:

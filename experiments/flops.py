@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
@@ -49,6 +50,8 @@ OPAQUE = frozenset(
 
 # Products of [queries, keys, width] that cuDNN's attention computes for a head.
 FUSED = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+# The same of the splash kernels, by the beginnings of their names; they take all heads of a group at once.
+SPLASH = {"splash_mqa_fwd": 2, "splash_mqa_dq": 3, "splash_mqa_dkv": 4}
 
 # Peak of dense bfloat16 products with float32 accumulation, operations per second of one device as JAX counts devices.
 # TPUs: the "System architecture" pages of cloud.google.com/tpu/docs, in TFLOP/s a chip: v3 123, v4 275, v5e 197,
@@ -77,10 +80,10 @@ PEAK_FLOPS = {
 def count(fn: Callable[..., Any], *args: Any) -> int:
     """Operations of `fn(*args)` on all devices together, what a backward pass computes again included.
 
-    Counts every product in the program as it is traced, masked entries and padding too, but for what fused attention
-    leaves out because it is causal: loops times their length, the
-    larger branch of a conditional, and a `jax.shard_map` times the devices that run it. Where a text is spread over D
-    devices that is too high: the FAM's turns are conditional, so that its updates count D times.
+    Counts every product in the program as it is traced, masked entries and padding too, but for what cuDNN's attention
+    leaves out because it is causal: loops times their length, the larger branch of a conditional, and a `jax.shard_map`
+    times the devices that run it. Where a text is spread over D devices that is too high: the FAM's turns are
+    conditional, so that its updates count D times.
 
     Args:
         fn: Anything that can be traced, jitted or not.
@@ -106,6 +109,9 @@ def _count_equation(equation: Any) -> int:
         return 2 * terms * math.prod(equation.outvars[0].aval.shape)
     if name in FUSED:
         return 2 * FUSED[name] * _fused_pairs(equation)
+    if name == "pallas_call" and (products := [SPLASH[one] for one in SPLASH if params["name"].startswith(one)]):
+        q, k, *_ = (one.aval for one in equation.invars if jnp.issubdtype(one.aval.dtype, jnp.floating))
+        return 2 * products[0] * math.prod(q.shape) * k.shape[-2]
     if name in OPAQUE:
         raise ValueError(
             f"the operations of {name} cannot be read off a jaxpr; count a reference implementation instead"

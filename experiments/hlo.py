@@ -150,7 +150,7 @@ def _parse(text: str) -> tuple[_Computations, str]:
         if header := _COMPUTATION.match(line):
             current = computations.setdefault(header.group(2), {})
             entry = header.group(2) if header.group(1) else entry
-        elif line.startswith("}"):
+        elif line.startswith("}") and not line.startswith("}}"):  # lines of a kernel's attributes begin so, too
             current = None
         elif current is not None and (match := _INSTRUCTION.match(line)):
             root, name, rest = match.groups()

@@ -6,7 +6,7 @@ Configs are frozen and hashable, so they can be static arguments of `jax.jit`. A
 
 import dataclasses
 
-from fam_jax import cudnn
+from fam_jax import cudnn, splash
 from fam_jax.checks import check_bool, check_choice, check_int, check_real
 from fam_jax.memory import MemoryConfig
 from fam_jax.ops import ACTIVATIONS, WEIGHTS
@@ -84,8 +84,9 @@ class DecoderConfig:
         tie_embeddings: Reuse the embedding as output weights.
         attention: What computes attention of whole blocks, or of a whole text: "xla" products and a softmax; "cudnn"
             the fused kernels of NVIDIA GPUs (see `fam_jax.cudnn`), except where blocks of a text are spread over
-            devices; "auto" those where they can, on one device. FAM rows, and calls shorter than a block or than the
-            cache of full attention, always use "xla". They compute the same function.
+            devices; "splash" those of TPUs (see `fam_jax.splash`); "auto" cuDNN's where they can, on one device, else
+            "xla". FAM rows, and calls shorter than a block or than the cache of full attention, always use "xla". They
+            compute the same function.
         attention_softcap: Attention scores s become c tanh(s / c); None leaves them.
         logit_softcap: The same of the output logits.
         rope_base: Base of the rotary wavelengths.
@@ -155,7 +156,7 @@ class DecoderConfig:
         if self.lora is not None and not isinstance(self.lora, LoraConfig):
             raise ValueError(f"DecoderConfig.lora={self.lora!r} is not allowed; give a LoraConfig or None")
         check_choice(name, "activation", self.activation, tuple(ACTIVATIONS))
-        check_choice(name, "attention", self.attention, ("auto", "xla", "cudnn"))
+        check_choice(name, "attention", self.attention, ("auto", "xla", "cudnn", "splash"))
         check_choice(name, "schedule", self.schedule, ("layer", "block", "wavefront"))
         check_choice(name, "remat", self.remat, tuple(POLICIES))
         check_choice(name, "dtype", self.dtype, DTYPES)
@@ -184,11 +185,12 @@ class DecoderConfig:
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
             raise ValueError(f"DecoderConfig.rope_scaling={self.rope_scaling!r} is not allowed; give a RopeScaling")
         self._check_local()
-        reason = cudnn.obstacle(self) if self.attention == "cudnn" else None
+        kernels = {"cudnn": cudnn, "splash": splash}.get(self.attention)
+        reason = None if kernels is None else kernels.obstacle(self)
         if reason is not None:
             raise ValueError(
-                f"DecoderConfig.attention='cudnn' is not possible with {reason}; change that, or set attention to "
-                "'auto' or 'xla'"
+                f"DecoderConfig.attention={self.attention!r} is not possible with {reason}; change that, or set "
+                "attention to 'auto' or 'xla'"
             )
 
     def _check_memory(self) -> None:

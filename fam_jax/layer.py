@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from fam_jax import cudnn, rivals, sequence
+from fam_jax import cudnn, rivals, sequence, splash
 from fam_jax.config import DecoderConfig
 from fam_jax.fam import FamInputs, earlier, scan_blocks
 from fam_jax.ops import Source, attend, attend_by_block, rotate
@@ -80,7 +80,9 @@ def layer(
             config, mixer, params, carries, block, plan, depths, skip_incomplete=width < size
         )
         rest = [read]
-    if cudnn.chosen(config) and plan.slot is None and sequence.devices() == 1:
+    if splash.chosen(config) and plan.slot is None:
+        attended = splash.attend_blocks(rules, q, block, rest, segments, plan.segments, config.attention_softcap)
+    elif cudnn.chosen(config) and plan.slot is None and sequence.devices() == 1:
         attended = cudnn.attend_blocks(q, block, rest, segments, plan.segments)
     else:
         attention = attend_by_block if config.remat != "none" and windows > 1 else attend

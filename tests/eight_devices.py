@@ -57,6 +57,7 @@ MODELS = {
     "FAM with LIMe": dataclasses.replace(PLAIN, memory=MEMORY, mixing=LimeConfig(), remat="full"),
     "FAM, one key head, block schedule": dataclasses.replace(PLAIN, memory=MEMORY, num_kv_heads=1, schedule="block"),
     "FAM with LIMe, wavefront": dataclasses.replace(PLAIN, memory=MEMORY, mixing=LimeConfig(), schedule="wavefront"),
+    "FAM, splash": dataclasses.replace(PLAIN, memory=MEMORY, attention="splash"),
     "FAM with LoRA": dataclasses.replace(
         PLAIN, memory=MEMORY, mixing=LimeConfig("dynamic_views"), lora=LoraConfig(rank=4, alpha=8, dropout=0.2)
     ),
@@ -175,6 +176,7 @@ OTHERS = {
     "FAM, one key head": ["tensor 4", "fsdp_tp x sequence"],
     "FAM, one key head, block schedule": ["fsdp_tp", "tensor 4"],
     "FAM with LIMe, wavefront": ["fsdp_tp"],
+    "FAM, splash": ["fsdp_tp", "fsdp_tp x sequence"],
     "FAM with LoRA": ["fsdp_tp", "fsdp_tp x sequence"],
     "FAM with streams": ["fsdp_tp", "fsdp_tp x sequence"],
     "static summaries, three seen": ["sequence", "fsdp_tp x sequence"],

@@ -171,7 +171,7 @@ class Row:
         return fam_decoder(self.params, self.config, np.array(self.document)).logits[-count:]
 
 
-@pytest.mark.parametrize("schedule", (*SCHEDULES, "wavefront"))
+@pytest.mark.parametrize("schedule", [*SCHEDULES, "wavefront"])
 def test_lengths_and_resets_give_each_row_its_own_documents(schedule, x64):
     config = fam_config(schedule=schedule)
     params = params_of(config)
