@@ -1,6 +1,6 @@
 """Compiles a step for real TPUs on a machine without one, and says whether it fits and what it sends.
 
-python -m experiments.aot --preset palm_1b --memory fam --topology v5e:4x4 --batch 128 --microbatch 128 --length 8192
+python -m experiments.aot --preset palm_1b --memory fam --topology v5e:4x4 --batch 128 --microbatch 32 --length 8192
 python -m experiments.aot --what decode --preset palm_1b --topology v5e:4x4 --mesh fsdp=1,tensor=4,data=4 --batch 128
 
 Needs `pip install -e ".[tpu]"` for the TPU's compiler, and no TPU. The training step is the trainer's own: Adafactor

@@ -111,8 +111,9 @@ def books_base(size: str) -> TrainConfig:
     optim = dataclasses.replace(base.optim, warmup_steps=50)
     quiet = dataclasses.replace(base, optim=optim, eval_every=0, checkpoint_every=0)
     if size == "cpu":
-        data = dataclasses.replace(base.data, source="shakespeare", length=512)
-        return dataclasses.replace(quiet, data=data, steps=400)
+        data = dataclasses.replace(base.data, source="shakespeare", length=256, block_size=64)
+        memory = MemoryConfig(block_size=64, segments=1, fam_length=8)
+        return with_model(dataclasses.replace(quiet, data=data, steps=600), memory=memory, scan_layers=False)
     if size == "gpu":
         data = dataclasses.replace(base.data, length=2048, batch_size=32, block_size=256)
         memory = MemoryConfig(block_size=256, segments=1, fam_length=16)
@@ -138,25 +139,26 @@ def layers_base(size: str) -> TrainConfig:
     """
     base = books_base("cpu")
     assert isinstance(base.data, TextData)
-    data = dataclasses.replace(base.data, mode="packed", length=256)
+    data = dataclasses.replace(base.data, mode="packed", length=128)
     if size == "cpu":
         narrow = {"num_layers": 8, "d_model": 64, "num_heads": 4, "num_kv_heads": 4, "head_dim": 16, "d_ff": 192}
-        return with_model(dataclasses.replace(base, data=data, steps=600), **narrow, memory=None)
+        return with_model(dataclasses.replace(base, data=data), **narrow, memory=None)
     if size == "gpu":
         data = dataclasses.replace(data, source="python-source", length=1024, batch_size=64)
         wide = {"num_layers": 16, "d_model": 512, "num_heads": 8, "num_kv_heads": 8, "head_dim": 64, "d_ff": 1536}
         made = dataclasses.replace(base, data=data, steps=3000, optim=dataclasses.replace(base.optim, warmup_steps=200))
-        return with_model(made, **wide, memory=None, dtype="bfloat16")
+        return with_model(made, **wide, memory=None, scan_layers=True, dtype="bfloat16")
     data = dataclasses.replace(data, source="pg19", length=2048, batch_size=512)
     shape = {"num_layers": 16, "d_model": 2048, "num_heads": 32, "num_kv_heads": 32, "head_dim": 64, "d_ff": 8192}
     optim = OptimConfig(learning_rate=1e-3, warmup_steps=200, b2=0.95, weight_decay=0.1, schedule="cosine")
     made = dataclasses.replace(base, data=data, optim=optim, steps=50_000, checkpoint_every=500)
-    return with_model(made, **shape, memory=None, vocab_size=50_432, dtype="bfloat16", remat="full")
+    lean = {"memory": None, "scan_layers": True, "dtype": "bfloat16", "remat": "full"}
+    return with_model(made, **shape, **lean, vocab_size=50_432)
 
 
 def layers_evaluation(size: str) -> dict[str, Any]:
     """Loss by position within the trained length."""
-    return {"max_tokens": {"cpu": 256, "gpu": 1024, "paper": 2048}[size], "batch_size": 16}
+    return {"max_tokens": {"cpu": 128, "gpu": 1024, "paper": 2048}[size], "batch_size": 16}
 
 
 # Section 3.1.1: Adafactor, b1 0.9, b2 0.99, a constant learning rate, 1e-4 for the 1B model.

@@ -7,9 +7,8 @@ lower loss than 128 without. `cpu` has 8 to 64 layers of width 32. Ours: experim
 """
 
 import dataclasses
-from typing import Any
 
-from experiments.ablations._bases import layers_base, layers_evaluation, with_data, with_model
+from experiments.ablations._bases import layers_base, layers_evaluation, with_model
 from experiments.config import TrainConfig
 from lime_jax import LimeConfig
 
@@ -25,7 +24,7 @@ def arms(size: str) -> dict[str, TrainConfig]:
         base = with_model(base, d_model=256, num_heads=8, num_kv_heads=8, head_dim=32, d_ff=1024)
     if size == "cpu":
         narrow = with_model(base, d_model=32, num_heads=2, num_kv_heads=2, head_dim=16, d_ff=96)
-        base = dataclasses.replace(with_data(narrow, length=128), steps=250)
+        base = dataclasses.replace(with_model(narrow, scan_layers=True), steps=250)
     made = {}
     for depth in depths:
         made[f"none-{depth}"] = with_model(base, num_layers=depth)
@@ -33,6 +32,4 @@ def arms(size: str) -> dict[str, TrainConfig]:
     return made
 
 
-def evaluation(size: str) -> dict[str, Any]:
-    """Loss by position within the trained length."""
-    return layers_evaluation(size) | ({"max_tokens": 128} if size == "cpu" else {})
+evaluation = layers_evaluation

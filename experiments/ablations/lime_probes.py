@@ -25,4 +25,4 @@ def arms(size: str) -> dict[str, TrainConfig]:
 
 def evaluation(size: str) -> dict[str, Any]:
     """Accuracy of probes of four classes."""
-    return {"what": "probes", "length": {"cpu": 256, "gpu": 1024, "paper": 2048}[size]}
+    return {"what": "probes", "length": {"cpu": 128, "gpu": 1024, "paper": 2048}[size]}

@@ -24,4 +24,4 @@ def arms(size: str) -> dict[str, TrainConfig]:
 
 def evaluation(size: str) -> dict[str, Any]:
     """Loss with shares of each head's weight kept."""
-    return {"what": "pruning", "length": {"cpu": 256, "gpu": 1024, "paper": 2048}[size]}
+    return {"what": "pruning", "length": {"cpu": 128, "gpu": 1024, "paper": 2048}[size]}
