@@ -10,12 +10,14 @@ The end of the file builds models for the tests.
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from fam_jax import Decoder, DecoderConfig, MemoryConfig
 from fam_jax.rope import RopeScaling
@@ -344,3 +346,10 @@ def assert_trees_close(got: Any, want: Any, tolerance: float = 1e-10) -> None:
             np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
         else:
             assert_close(a, b, tolerance, jax.tree_util.keystr(path))
+
+
+def mostly_slow(names: Iterable[str], fast: Collection[str]) -> pytest.MarkDecorator:
+    """Parametrizes a test by `name`; those of a class that a fast one stands for are slow."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=[] if name in fast else pytest.mark.slow) for name in names]
+    )

@@ -17,6 +17,7 @@ from reference import (
     decoder_config,
     fam_config,
     model_shapes,
+    mostly_slow,
     params_of,
     quick_jit,
     random_params,
@@ -83,7 +84,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@mostly_slow(CASES, fast=("fam, absolute, pinned, old, in training", "fam, all that pretrained models have", "bswa"))
 def test_layer_and_block_schedule_agree_in_values_and_gradients(name, x64):
     config = CASES[name]
     layer = values_and_gradients(dataclasses.replace(config, schedule="layer"))
@@ -100,12 +101,9 @@ OTHERS = {
     "static queries": fam_config({"kind": "summary"}),
     "remat": fam_config(remat="full"),
 }
-QUICK = ("fam", "fam, absolute, pinned, old, in training", "fam in some layers")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(one, marks=[] if one in QUICK else pytest.mark.slow) for one in CASES | OTHERS]
-)
+@mostly_slow(CASES | OTHERS, fast=("fam, absolute, pinned, old, in training", "fam in some layers"))
 def test_wavefront_agrees_in_values_and_gradients(name, x64):
     config = (CASES | OTHERS)[name]
     layer = values_and_gradients(config)

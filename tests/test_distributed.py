@@ -103,6 +103,7 @@ def assert_same_metrics(got, wanted):
             assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-6), (a["step"], name)
 
 
+@pytest.mark.slow
 def test_two_and_then_four_processes_are_as_one(tmp_path):
     """Training, evaluation, checkpoints and the data; a run that goes on with another number of processes."""
     alone, together = tiny_job(tmp_path, "alone"), tiny_job(tmp_path, "together")

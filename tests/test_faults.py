@@ -39,7 +39,7 @@ setattr(experiments.loop, name, stuck)
 @pytest.mark.parametrize(
     ("name", "count", "number", "what"),
     [
-        ("shard_batch", 5, 1, "step 5"),
+        pytest.param("shard_batch", 5, 1, "step 5", marks=pytest.mark.slow),
         pytest.param("load_data", 1, 1, "all to compare their data", marks=pytest.mark.slow),
         pytest.param("make_folder", 1, 0, "process 0, to hear what it has found", marks=pytest.mark.slow),
         pytest.param("_rest", 2, 1, "the checkpoint before that of step 10", marks=pytest.mark.slow),

@@ -18,6 +18,7 @@ from reference import (
     decoder_config,
     fam_config,
     model_shapes,
+    mostly_slow,
     params_of,
     quick_jit,
     runner,
@@ -64,12 +65,9 @@ VARIANTS = {
 }
 TOKENS = some_tokens(2, 3 * B + 1, seed=2)
 everywhere = pytest.mark.parametrize("name", MIXERS)
-
-
-def mostly_slow(names, fast):
-    """One of each way to mix is always tested: keys and values, what layers read, their outputs, streams."""
-    marks = [pytest.param(name, marks=[] if name in fast else pytest.mark.slow) for name in names]
-    return pytest.mark.parametrize("name", marks)
+# Of keys and values, what layers read, their outputs, and streams one is always tested, the others are slow.
+ONE_OF_EACH = ("static_kv", "dynamic_views", "Attention Residuals", "Hyper-Connections")
+one_of_each = mostly_slow(MIXERS, fast=ONE_OF_EACH)
 
 
 @pytest.fixture
@@ -112,7 +110,7 @@ def values_and_gradients(config):
     return quick_jit(jax.value_and_grad(loss, has_aux=True))(params_of(config))
 
 
-@mostly_slow(MIXERS, fast=("static_kv", "dynamic_views", "Attention Residuals", "Hyper-Connections"))
+@mostly_slow(MIXERS, fast=("static_kv", "Hyper-Connections"))
 def test_orders_agree_in_values_and_gradients(name, x64):
     """The layer schedule with scanned layers, the block schedule with unrolled ones, on one parameter tree."""
     config = fam(MIXERS[name])
@@ -207,7 +205,7 @@ def dead_weights(mixing):
     return {name: np.broadcast_to(where[name], leaf.shape) for name, leaf in wanted.items()}
 
 
-@mostly_slow(MIXERS, fast=WITH_DEAD_WEIGHTS)
+@mostly_slow(WITH_DEAD_WEIGHTS, fast=("static_kv", "dynamic_hidden", "dynamic_views"))
 def test_what_no_layer_reads_is_zero(name):
     """Initial parameters, gradients and optimiser moments of weights for later layers, in the padded layout."""
     config = dataclasses.replace(fam(MIXERS[name]), dtype="float32", param_dtype="float32")
@@ -228,7 +226,7 @@ def test_what_no_layer_reads_is_zero(name):
     for path, where in dead.items():
         assert not np.any(np.asarray(params["mixing"]["layers"][path])[where]), path
     moments = [leaf for leaf in jax.tree_util.tree_leaves_with_path(state) if "mixing" in jax.tree_util.keystr(leaf[0])]
-    assert moments or not mixing
+    assert moments
     for path, leaf in moments:
         name = path[-1].key
         if name in dead:
@@ -264,7 +262,7 @@ def test_no_token_reads_a_later_one(name, kind, x64):
         assert np.any(got[:, place] != want[:, place])
 
 
-@everywhere
+@one_of_each
 def test_splits_equal_one_call(name, x64):
     config = fam(MIXERS[name])
     want = runner(config)(params_of(config), TOKENS)
@@ -278,7 +276,7 @@ def test_splits_equal_one_call(name, x64):
     assert_trees_close(state, want.state, 1e-10)
 
 
-@everywhere
+@one_of_each
 def test_generation_reads_what_was_generated(name):
     config = dataclasses.replace(fam(MIXERS[name]), dtype="float32", param_dtype="float32")
     variables = {"params": jax.tree.map(jnp.asarray, params_of(config))}
@@ -298,7 +296,7 @@ def test_the_state_is_as_large_as_without(name, memory, x64):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), one) == jax.tree.map(lambda x: (x.shape, x.dtype), two)
 
 
-@everywhere
+@one_of_each
 def test_bfloat16_is_near(name):
     exact = fam(MIXERS[name], tie_embeddings=False)
     exact = dataclasses.replace(exact, dtype="float32", param_dtype="float32")

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-from reference import assert_trees_close, params_of, quick_jit
+from reference import assert_trees_close, mostly_slow, params_of, quick_jit
 
 from experiments import flops
 from experiments.typed import from_json, to_json
@@ -27,12 +27,6 @@ MODELS = {
 }
 
 
-def models(*fast):
-    """All models, of which some are always tested."""
-    marks = [pytest.param(name, marks=[] if name in fast else pytest.mark.slow) for name in MODELS]
-    return pytest.mark.parametrize("name", marks)
-
-
 def gradient(config: DecoderConfig):
     """Loss and gradient by the parameters."""
 
@@ -51,7 +45,7 @@ def test_policies():
     assert list(POLICIES) == ["none", "dots", "attention", "full"]
 
 
-@models("BSWA", "FAM, block schedule", "FAM with LIMe, pulled")
+@mostly_slow(MODELS, fast=["FAM, block schedule"])
 def test_values_and_gradients_are_the_same(name):
     with jax.enable_x64(True):
         config = dataclasses.replace(MODELS[name], dtype="float64", param_dtype="float64")
@@ -63,7 +57,7 @@ def test_values_and_gradients_are_the_same(name):
             assert_trees_close(quick_jit(gradient(changed))(variables, tokens), plain, 1e-10)
 
 
-@models("BSWA", "FAM")
+@mostly_slow(MODELS, fast=["BSWA", "FAM"])
 def test_the_less_is_kept_the_more_is_computed_again(name):
     memory, operations = [], []
     for remat in ("none", "dots", "attention", "full"):

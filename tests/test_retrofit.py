@@ -91,7 +91,7 @@ def small(config, base):
 @pytest.mark.parametrize(
     ("row", "size", "evaluation"),
     [
-        ("retrofit", "gpu", {"documents": 2, "max_tokens": 100, "batch_size": 2}),
+        pytest.param("retrofit", "gpu", {"documents": 2, "max_tokens": 100, "batch_size": 2}, marks=pytest.mark.slow),
         ("retrofit_passkey", "gpu", {"lengths": (51, 60), "trials": 2, "batch_size": 2}),
     ],
 )

@@ -13,6 +13,7 @@ from reference import (
     assert_trees_close,
     decoder_config,
     fam_config,
+    mostly_slow,
     params_of,
     quick_jit,
     random_params,
@@ -61,7 +62,7 @@ def test_the_references_agree_where_both_apply():
     )
 
 
-@pytest.mark.parametrize("name", KINDS)
+@mostly_slow(KINDS, fast=("three FAM", "feedback", "autocompressor"))
 def test_splits_equal_one_call(name):
     """Token by token, and by calls shorter and longer than a block that end in an open block: logits and state."""
     config = KINDS[name]
@@ -98,7 +99,7 @@ def test_ragged_rows_and_document_starts(name):
     np.testing.assert_array_equal(second.state.blocks, [3, 2])
 
 
-@pytest.mark.parametrize("name", KINDS)
+@mostly_slow(KINDS, fast=("prefix", "one layer of three", "summary", "rmt"))
 def test_gradients_equal_finite_differences_of_the_loop(name):
     config = KINDS[name]
     params, direction = params_of(config), random_params(config, seed=5)
@@ -121,7 +122,9 @@ def test_gradients_equal_finite_differences_of_the_loop(name):
         assert np.any(leaf != 0), f"no gradient reaches {jax.tree_util.keystr(path)}"
 
 
-@pytest.mark.parametrize("name", ["no feed-forward", "prefix", "three FAM", "one layer of three", "summary"])
+@mostly_slow(
+    ["no feed-forward", "prefix", "three FAM", "one layer of three", "summary"], fast=("no feed-forward", "summary")
+)
 def test_both_schedules_agree_in_values_and_gradients(name):
     """With a state passed, and the randomness of training."""
     config = dataclasses.replace(KINDS[name], memory=dataclasses.replace(KINDS[name].memory, noise=0.1, clip=2.0))
@@ -239,8 +242,8 @@ def test_bounded_summaries_forget_the_oldest():
     ("kind", "mixing"),
     [
         ("rmt", LimeConfig("dynamic_views")),
-        ("rmt", DenseFormerConfig()),
-        ("autocompressor", LimeConfig()),
+        pytest.param("rmt", DenseFormerConfig(), marks=pytest.mark.slow),
+        pytest.param("autocompressor", LimeConfig(), marks=pytest.mark.slow),
         ("prefix", LimeConfig()),
     ],
     ids=["rmt-dynamic-views", "rmt-denseformer", "autocompressor-lime", "prefix-lime"],

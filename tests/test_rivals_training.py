@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import optax
-import pytest
+from reference import mostly_slow
 from train_helpers import tiny, with_model
 
 from experiments.step import create_state, make_train_step
@@ -22,7 +22,7 @@ MEMORIES = {
 }
 
 
-@pytest.mark.parametrize("name", MEMORIES)
+@mostly_slow(MEMORIES, fast=("feedback", "autocompressor"))
 def test_steps_train_and_parts_add_up(tmp_path, name):
     memory = MEMORIES[name]
     start = {"variants": "fam_prefix", "feedback": "embed"}.get(name, "fam_prompt")

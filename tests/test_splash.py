@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import B, assert_trees_close, decoder_config, fam_config, params_of, runner, some_tokens
+from reference import B, assert_trees_close, decoder_config, fam_config, mostly_slow, params_of, runner, some_tokens
 from train_helpers import ROOT
 
 from experiments import flops
@@ -59,10 +59,9 @@ CASES = {
         {"segments": 2}, mixing=LimeConfig(backward="pull"), remat="attention", **F32
     ),
 }
-QUICK = ("full", "fam", "fam with LIMe, computed again")
 
 
-@pytest.mark.parametrize("name", [pytest.param(one, marks=[] if one in QUICK else pytest.mark.slow) for one in CASES])
+@mostly_slow(CASES, fast=("full", "fam", "fam with LIMe, computed again"))
 def test_values_and_gradients_are_the_references(name):
     config = CASES[name]
     want = everything(dataclasses.replace(config, attention="xla"))

@@ -243,9 +243,9 @@ MEMORIES = {
     ("mode", "memory"),
     [
         ("stream", "FAM"),
-        ("stream", "BSWA"),
+        pytest.param("stream", "BSWA", marks=pytest.mark.slow),
         pytest.param("stream", "no segments", marks=pytest.mark.slow),
-        ("packed", "FAM"),
+        pytest.param("packed", "FAM", marks=pytest.mark.slow),
     ],
 )
 def test_parts_of_a_batch_add_up_to_it(tmp_path, mode, memory):
