@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 from experiments.files import as_os_errors, copy_files, files_below, is_remote, location, write_text
 from experiments.flops import mfu
 from experiments.integrity import first_line, warn
@@ -55,6 +53,8 @@ class MetricsLog:
             step: Steps that the run has made; 0 starts new files.
             held: Raises BusyError if another process has taken the folder over, whose files are then left alone.
         """
+        from tensorboardX import SummaryWriter  # imports torch where there is one, for which only writers should wait
+
         self._held = held
         self.path = directory / "metrics.jsonl"
         with as_os_errors(directory):

@@ -169,9 +169,12 @@ FAST = {
 }
 
 
-# The others on the meshes that they could upset.
+# Those that are not here are on all meshes; the others on those that they could upset.
 OTHERS = {
     "full": ["fsdp_tp"],
+    "BSWA": ["dp", "fsdp_tp", "sequence"],
+    "LIMe": ["fsdp", "dp x fsdp_tp", "fsdp_tp x sequence"],
+    "FAM with LIMe": ["fsdp", "dp x fsdp_tp", "sequence", "dp x sequence", "fsdp_tp x sequence"],
     "FAM, many segments": ["fsdp_tp", "sequence"],
     "FAM, one key head": ["tensor 4", "fsdp_tp x sequence"],
     "FAM, one key head, block schedule": ["fsdp_tp", "tensor 4"],

@@ -1,0 +1,35 @@
+r"""Language modelling at equal time: no mixing, LIMe of every kind, and other methods (LIMe, section 4).
+
+python -m experiments.ablate lime_time --size cpu
+
+As lime_methods, but that each arm makes fewer steps than no mixing in the ratio of their times of a step, so that all
+train equally long on the CPU where `experiments/results/lime-time.json` was measured:
+
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m experiments.benchmark time --no-scan --depths 8 --width 64 --heads 4
+--kv-heads 4 --tokens 128 --batch-size 8 --arms none "static_kv, write_once" dynamic_kv static_hidden ... --name lime-time
+
+Paper: no loss at equal time; the 1.2B model with LIMe takes 1.2 to 1.6 % longer. Ours: experiments/README.md.
+"""
+
+import dataclasses
+
+from experiments import results
+from experiments.ablations import lime_methods
+from experiments.config import TrainConfig
+
+SIZES = ("cpu",)
+CORE = False
+STEPS = 900  # without mixing
+
+
+def arms(size: str) -> dict[str, TrainConfig]:
+    """The configs by arm."""
+    curves = results.read(results.DIRECTORY / "lime-time.json").values["curves"]
+    ratios = {curve["label"].partition(",")[0].replace(" ", "-"): curve["ratio"][0] for curve in curves}
+    return {
+        name: dataclasses.replace(config, steps=round(STEPS / ratios[name.removeprefix("LIMe-")]))
+        for name, config in lime_methods.arms(size).items()
+    }
+
+
+evaluation = lime_methods.evaluation
