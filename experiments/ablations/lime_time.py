@@ -5,8 +5,8 @@ python -m experiments.ablate lime_time --size cpu
 As lime_methods, but that each arm makes fewer steps than no mixing in the ratio of their times of a step, so that all
 train equally long on the CPU where `experiments/results/lime-time.json` was measured:
 
-GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m experiments.benchmark time --no-scan --depths 8 --width 64 --heads 4
---kv-heads 4 --tokens 128 --batch-size 8 --arms none "static_kv, write_once" dynamic_kv static_hidden ... --name lime-time
+python -m experiments.benchmark time --no-scan --depths 8 --width 64 --tokens 128 --batch-size 8 --name lime-time --arms
+none "static_kv, write_once" dynamic_kv static_hidden ... (those below)
 
 Paper: no loss at equal time; the 1.2B model with LIMe takes 1.2 to 1.6 % longer. Ours: experiments/README.md.
 """
