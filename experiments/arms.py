@@ -51,6 +51,7 @@ class Shape:
         segments: Memory segments.
         fam: FAM rows of a block.
         dtype: Type of the activations.
+        unroll: Layers one after another in the program, in place of a scan.
     """
 
     preset: str = "palm_1b"
@@ -64,6 +65,7 @@ class Shape:
     segments: int | None = None
     fam: int = 0
     dtype: str | None = None
+    unroll: bool = False
 
 
 def model_config(shape: Shape, arm: str) -> DecoderConfig:
@@ -105,6 +107,7 @@ def model_config(shape: Shape, arm: str) -> DecoderConfig:
     return dataclasses.replace(
         base,
         memory=None if memory == "full" else blocks,
+        scan_layers=base.scan_layers and not shape.unroll,
         **{name: value for name, value in changes.items() if value},
     )
 

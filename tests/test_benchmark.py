@@ -86,6 +86,8 @@ def test_arms_by_name():
     assert (config.schedule, config.attention, config.remat) == ("block", "xla", "dots")
     assert model_config(Shape(), "bswa+lime").mixing == LimeConfig()
     assert model_config(Shape(), "full").memory is None
+    assert model_config(Shape(), "fam/wavefront").schedule == "wavefront"
+    assert [model_config(Shape(unroll=unroll), "fam").scan_layers for unroll in (False, True)] == [True, False]
     for arm in ("lime", "fam@", "fam:dots@xla", "fam+dots"):
         with pytest.raises(ValueError, match=r"which is no MEMORY\[\+lime\]"):
             model_config(Shape(), arm)
