@@ -251,7 +251,7 @@ def best(by_factor: Mapping[float, float]) -> float:
 def _score(result: results.Result) -> float:
     """One number to compare runs by, higher is better: controls of the memory aside."""
     curves = [curve for curve in result.values["curves"] if ", memory " not in curve["label"]]
-    if "accuracy" in curves[0]:
+    if "loss" not in curves[0]:
         return float(np.mean([accuracy for curve in curves for accuracy in curve["accuracy"]]))
     loss, tokens = (np.concatenate([curve[of] for curve in curves]) for of in ("loss", "tokens"))
     return -float(np.average(loss, weights=tokens))

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import tyro
 from jax.sharding import Mesh
 
@@ -54,6 +55,8 @@ class Options:
         source: Text for loss-by-position instead of the run's own, named as in training.
         documents: For loss-by-position: at most so many validation documents. None: all.
         max_tokens: For loss-by-position: read at most so many tokens of each document. None: all.
+        piece: For loss-by-position: cut documents into pieces of so many tokens, of which each is read by itself, as
+            rows of packed training are. None: whole documents.
         lengths: For passkey, tracking and babi: lengths in blocks; for pairs: numbers of pairs. None: the trained ones,
             and 2, 4 and 14 times the longest.
         trials: For passkey, pairs, tracking and babi: samples per length.
@@ -75,6 +78,7 @@ class Options:
     source: str | None = None
     documents: int | None = None
     max_tokens: int | None = None
+    piece: int | None = None
     lengths: tuple[int, ...] | None = None
     trials: int = 500
     depth: Literal["uniform", "first"] | None = None
@@ -89,7 +93,7 @@ class Options:
 _RECALL = {"chunk", "lengths", "trials", "zero_memory", "reset_memory", "seed"}
 # Of the options, those that only some tasks read. One that is given to another would be ignored.
 _READ_BY = {
-    "loss-by-position": {"chunk", "source", "documents", "max_tokens", "zero_memory", "reset_memory"},
+    "loss-by-position": {"chunk", "source", "documents", "max_tokens", "piece", "zero_memory", "reset_memory"},
     "passkey": {"depth", *_RECALL},
     "pairs": _RECALL,
     "tracking": _RECALL,
@@ -297,26 +301,41 @@ def _documents(options: Options, model: Decoder, variables: Any, config: TrainCo
             f"source={settings.source!r} is examples, of which the answers alone count; loss-by-position is of whole "
             "texts: give one with --source, such as python-source or text:GLOB"
         )
-    check_positive(documents=options.documents, max_tokens=options.max_tokens)
+    check_positive(documents=options.documents, max_tokens=options.max_tokens, piece=options.piece)
     prepare_together(settings)
     manifest = data.manifest(settings)
     check_same("data", manifest)
     found = data.documents(settings, "validation")
     chosen = [found[i] for i in range(min(len(found), options.documents or len(found)))]
-    names = {"documents": [document.name for document in chosen]}
+    texts = [document.tokens[: options.max_tokens] for document in chosen]
+    starts = [range(0, max(1, len(text)), options.piece or max(1, len(text))) for text in texts]
+    pieces = [text[start : start + one.step] for text, one in zip(texts, starts, strict=True) for start in one]
     curves = []
     for control in _controls(options):
         curve = loss_by_position(
             model,
             variables,
-            [document.tokens[: options.max_tokens] for document in chosen],
+            pieces,
             batch_size=options.batch_size,
             chunk=options.chunk,
             control=control,
         )
         label = f"{config.name}, memory {control}" if control else config.name
-        curves.append({"label": label, "seed": config.seed, **curve, **names})
+        curve |= _by_document(curve, [len(one) for one in starts])
+        curves.append({"label": label, "seed": config.seed, **curve, "documents": [one.name for one in chosen]})
     return {"curves": curves}, manifest, [config.seed]
+
+
+def _by_document(curve: dict[str, Any], pieces: list[int]) -> dict[str, Any]:
+    """A curve's means over each document, of which it has those over each of its pieces."""
+    first = np.cumsum([0, *pieces[:-1]])
+    tokens = np.asarray(curve["document_tokens"])
+    whole = np.add.reduceat(tokens, first)
+    told = {"document_tokens": whole.tolist()}
+    for name in ("document_loss", "document_accuracy"):
+        total = np.add.reduceat(np.where(tokens > 0, np.asarray(curve[name]) * tokens, 0.0), first)
+        told[name] = [float(part / count) if count else math.nan for part, count in zip(total, whole, strict=True)]
+    return told
 
 
 if __name__ == "__main__":

@@ -1,19 +1,23 @@
 """The command that measures a run and makes result files."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_run
 from data_helpers import small_books
 
-from experiments import evaluate, results
+from experiments import data, evaluate, results
+from experiments.checkpoint import load_model
 from experiments.data.babi import BabiData
 from experiments.files import run_folder
+from experiments.measures import loss_by_position
 from experiments.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +107,18 @@ def test_command_measures_loss_by_position_of_text(tmp_path, monkeypatch):
     assert "validation" in json.dumps(result.data)
     assert 4 < curve["loss"][0] < 8  # an untrained model, about log(256)
     assert len(curve["accuracy"]) == len(curve["loss"])
+
+    # Pieces are documents of their own, and are told of by the document that they were cut from.
+    assert command(monkeypatch, *arguments[:-4], "--documents", 2, "--piece", 25, "--name", "y") == 0
+    (cut,) = results.read(tmp_path / "y.json").values["curves"]
+    model, variables, settings = load_model(run)
+    texts = [document.tokens[:60] for document in itertools.islice(data.documents(settings.data, "validation"), 2)]
+    pieces = [[text[:25], text[25:50], text[50:]] for text in texts]
+    wanted = [loss_by_position(model, variables, [one for one in each if len(one) > 1]) for each in pieces]
+    assert cut["document_tokens"] == [sum(one["document_tokens"]) for one in wanted]
+    for name in ("loss", "accuracy"):
+        means = [np.average(one[f"document_{name}"], weights=one["document_tokens"]) for one in wanted]
+        np.testing.assert_allclose(cut[f"document_{name}"], means, rtol=1e-5)
 
 
 @pytest.mark.parametrize("given", ["run", "run/checkpoints", "run/checkpoints/1"])
