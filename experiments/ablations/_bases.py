@@ -158,7 +158,8 @@ def layers_base(size: str) -> TrainConfig:
 
 def layers_evaluation(size: str) -> dict[str, Any]:
     """Loss by position within the trained length, of the pieces of documents that were not trained on."""
-    return {"piece": {"cpu": 128, "gpu": 1024, "paper": 2048}[size], "max_tokens": 1 << 15, "batch_size": 16}
+    length = {"cpu": 128, "gpu": 1024, "paper": 2048}[size]
+    return {"piece": length, "chunk": length, "max_tokens": 1 << 15, "batch_size": 16}
 
 
 # Section 3.1.1: Adafactor, b1 0.9, b2 0.99, a constant learning rate, 1e-4 for the 1B model.
