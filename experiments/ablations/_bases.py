@@ -142,7 +142,7 @@ def layers_base(size: str) -> TrainConfig:
     data = dataclasses.replace(base.data, mode="packed", length=128)
     if size == "cpu":
         narrow = {"num_layers": 8, "d_model": 64, "num_heads": 4, "num_kv_heads": 4, "head_dim": 16, "d_ff": 192}
-        return with_model(dataclasses.replace(base, data=data), **narrow, memory=None)
+        return with_optim(with_model(dataclasses.replace(base, data=data), **narrow, memory=None), learning_rate=4e-3)
     if size == "gpu":
         data = dataclasses.replace(data, source="python-source", length=1024, batch_size=64)
         wide = {"num_layers": 16, "d_model": 512, "num_heads": 8, "num_kv_heads": 8, "head_dim": 64, "d_ff": 1536}
