@@ -121,6 +121,8 @@ def train_config(options: Options) -> TrainConfig:
         raise ValueError(
             f"microbatch={options.microbatch} is for training; what={options.what!r} reads all rows at once"
         )
+    if options.attention == "splash" and options.topology.startswith("h100"):
+        raise ValueError(f"attention='splash' is for TPUs, but topology={options.topology!r}; give 'auto' or 'xla'")
     part = options.microbatch or options.batch
     if part < 1 or options.batch % part:
         raise ValueError(f"microbatch={part} is not allowed; it must divide batch={options.batch}")
@@ -241,7 +243,8 @@ def result_name(options: Options) -> str:
     kind = "" if options.what == "train" else f"-{options.what}"
     lime = "-lime" if options.lime else ""
     topology = options.topology.replace(":", "-")
-    return options.name or f"aot-{options.preset}-{options.memory}{lime}{kind}-{topology}"
+    attention = "" if options.attention == "auto" else f"-{options.attention}"
+    return options.name or f"aot-{options.preset}-{options.memory}{lime}{attention}{kind}-{topology}"
 
 
 def run(options: Options) -> tuple[results.Result, Path, str]:
@@ -275,6 +278,7 @@ def run(options: Options) -> tuple[results.Result, Path, str]:
     usable = hlo.USABLE_BYTES.get(devices[0].device_kind)
     gib = 2.0**30
     model = f"{options.preset} {options.memory}{' with LIMe' if options.lime else ''}"
+    model += "" if options.attention == "auto" else f" by {options.attention}"
     what = "" if options.what == "train" else f", {options.what}"
     label = f"{model}{what}, {options.topology}, {options.mesh}"
     part = options.batch // config.accumulate

@@ -2,8 +2,8 @@
 
 An arm is written MEMORY[+lime][/SCHEDULE][@ATTENTION][:REMAT]: `fam`, `bswa` or `full`; LIMe (static_kv) on top, with
 its other ways to gradients `lime-push`, `lime-pull` and `lime-rebuild`, or as `lime-views` (dynamic_views); the
-schedule, `layer`, `block` or `wavefront`; attention, `auto`, `xla` or `cudnn`; the decoder's remat. What is left out is
-as in the shape that all arms share. Those of `experiments.peers` are another library's models.
+schedule, `layer`, `block` or `wavefront`; attention, `auto`, `xla`, `cudnn` or `splash`; the decoder's remat. What is
+left out is as in the shape that all arms share. Those of `experiments.peers` are another library's models.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lime_jax import LimeConfig
 
 MODES = ("forward", "train", "prefill")
 _ARM = re.compile(
-    r"(fam|bswa|full)(?:\+lime(-push|-pull|-rebuild|-views|))?(?:/(layer|block|wavefront))?(?:@(auto|xla|cudnn))?(?::(none|dots|attention|full))?"
+    r"(fam|bswa|full)(?:\+lime(-push|-pull|-rebuild|-views|))?(?:/(layer|block|wavefront))?(?:@(auto|xla|cudnn|splash))?(?::(none|dots|attention|full))?"
 )
 
 _LIME = {

@@ -15,6 +15,7 @@ complete. One checkpoint is written at a time.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -50,7 +51,7 @@ from experiments.process import BusyError
 from experiments.stored import compare_configs, find_checkpoint
 from experiments.typed import to_json
 from experiments.writing import Write, is_of_storage
-from fam_jax import Decoder, tree_shardings
+from fam_jax import Decoder, DecoderConfig, tree_shardings
 from fam_jax.lora import merge
 
 
@@ -351,16 +352,24 @@ class Checkpoints:
         return restored
 
 
+def runs_here(model: DecoderConfig) -> DecoderConfig:
+    """A model whose attention this kind of device can compute: kernels of another become "auto"."""
+    of = {"cudnn": "gpu", "splash": "tpu"}.get(model.attention, jax.default_backend())
+    return model if of == jax.default_backend() else dataclasses.replace(model, attention="auto")
+
+
 def load_model(
     path: Path | str, step: int | None = None, mesh: Mesh | None = None
 ) -> tuple[Decoder, dict[str, Any], TrainConfig]:
     """Reads a trained model: the decoder, its variables and the config of its run. LoRA is merged into the weights.
 
+    Attention by kernels that this device lacks becomes "auto", which computes the same function.
+
     Path, step and errors are those of `find_checkpoint`. Over the mesh, parameters are spread as they are read, by the
     rules of the run; several processes, which must all call this, need one. None: all on one device.
     """
     folder, meta, config = find_checkpoint(path, step)
-    model = Decoder(config.model)
+    model = Decoder(runs_here(config.model))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     if mesh is not None:
         places = tree_shardings(config.model.sharding, mesh, shapes)
@@ -368,6 +377,6 @@ def load_model(
     with waiting("all to read the checkpoint"):
         params = load(folder, "params", shapes, meta)
     if config.model.lora is not None:
-        merged, params = merge(config.model, params)
+        merged, params = merge(model.config, params)
         model = Decoder(merged)
     return model, {"params": params}, config

@@ -26,7 +26,7 @@ from fam_jax import DecoderConfig, MeshConfig, make_mesh
 MAY_CHANGE = re.compile(
     r"name|steps|eval_every|eval_steps|checkpoint_every|keep(_every|_best)?|log_every|profile|work_dir|accumulate|z_loss"
     r"|optim\.(?!optimizer).*"
-    r"|model\.(schedule|remat|scan_layers|sharding\..*)|mesh\..*|data\.(data_dir|tfds_dir)"
+    r"|model\.(schedule|attention|remat|scan_layers|sharding\..*)|mesh\..*|data\.(data_dir|tfds_dir)"
 )
 
 
@@ -221,7 +221,8 @@ def check_mesh(config: TrainConfig, mesh: Mesh) -> None:
     if memory is None or config.model.schedule != "layer":
         what = "full attention (model.memory=None)" if memory is None else f"model.schedule={config.model.schedule!r}"
         raise ValueError(
-            f"mesh.sequence={size} is not allowed with {what}, which has no blocks to spread; set mesh.sequence to 1"
+            f"mesh.sequence={size} is not allowed with {what}: what it spreads is the blocks of the layer schedule; "
+            "set mesh.sequence to 1"
         )
     if data.length % (size * memory.block_size):
         raise ValueError(

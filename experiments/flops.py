@@ -165,11 +165,13 @@ def forward_flops(config: DecoderConfig, batch: int, length: int, *, useful: boo
         read: Tokens of each row's document, whole blocks, that earlier calls have read: what is useful sees them, too.
 
     Raises:
-        ValueError: There is no formula for the mixing, or for the kind of memory.
+        ValueError: There is no formula for the mixing, for the kind of memory, or for what the schedule computes.
     """
     c, memory, fam = config, config.memory, config.fam_length
     if memory is not None and memory.kind != "fam":
         raise ValueError(f"memory.kind={memory.kind!r} has no formula; count the operations on the jaxpr with count()")
+    if config.schedule == "wavefront" and not useful:
+        raise ValueError("schedule='wavefront' has no formula with its idle places; count the operations with count()")
     block = memory.block_size if memory else length
     tokens, updates = _rows(config, batch, length, useful)
     if useful:

@@ -23,7 +23,7 @@ from experiments.typed import differences, to_json
 from fam_jax.fam import new_prompt
 
 # Fields of the model that the parameters they share do not depend on.
-_FREE = re.compile(r"(memory|mixing|lora|sharding)(\..*)?|schedule|remat|scan_layers|dtype")
+_FREE = re.compile(r"(memory|mixing|lora|sharding)(\..*)?|schedule|attention|remat|scan_layers|dtype")
 
 
 def take_parameters(path: str, config: TrainConfig, params: Any, say: Callable[[str], None]) -> Any:

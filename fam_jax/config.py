@@ -73,7 +73,8 @@ class DecoderConfig:
         lora: Low-rank changes to the weights of layers, which are trained in place of all else; None is none.
         schedule: "layer" runs all blocks of a layer at once and only the FAM in sequence; "block" runs all
             layers of a block before the next; "wavefront" runs layer l at block t beside layer l + 1 at block t - 1,
-            for reading one long text on a device that one block does not fill. They compute the same function.
+            for reading one long text on a device that one block does not fill. They compute the same function. The
+            wavefront scans its diagonals whatever `scan_layers` and a mixing's `backward` say.
         parallel_block: Attention and feed-forward read one norm and are added together, as in PaLM.
         activation: Of the feed-forward's gate: "silu", or "gelu", its tanh approximation.
         attention_bias: Queries, keys and values have a bias.

@@ -150,7 +150,7 @@ def _mask(q: Array, lengths: Array | None) -> tuple[Any, Array | None]:
     kinds = _kernels().MaskType
     if lengths is None:
         return kinds.CAUSAL, None
-    return kinds.PADDING, jnp.full(lengths.shape, q.shape[1], jnp.int32)
+    return kinds.PADDING, 0 * lengths + q.shape[1]  # of the lengths, so that a vmap over those is one over these
 
 
 def _scale(q: Array) -> float:

@@ -1,7 +1,7 @@
 """One layer over the blocks of a call (TransformerFAM, algorithms 1 and 2).
 
-`layer` serves both schedules: given all blocks it is the layer schedule, given one block it is a step of the
-block schedule. Tokens of all blocks are projected and attend in parallel; only the FAM rows go from
+`layer` serves all schedules: given all blocks it is the layer schedule, given one block a step of the block schedule,
+and of a diagonal of the wavefront. Tokens of all blocks are projected and attend in parallel; only the FAM rows go from
 block to block.
 """
 

@@ -24,8 +24,8 @@ class MemoryConfig:
 
     | kind | what carries the past | paper | schedules |
     |---|---|---|---|
-    | "fam" | FAM: the rows of a layer are fed back into it | section 2, algorithm 2 | layer, block |
-    | "summary" | learned queries, the same at each block, read it and the summary before it | C.3 | layer, block |
+    | "fam" | FAM: the rows of a layer are fed back into it | section 2, algorithm 2 | all three |
+    | "summary" | learned queries, the same at each block, read it and the summary before it | C.3 | all three |
     | "feedback" | keys and values of segments are made of the layer's outputs, not of its inputs | C.2 | block |
     | "rmt" | last outputs of rows behind a block are rows before the next, at the embeddings | B.4.8 | block |
     | "autocompressor" | as "rmt", but the rows of all blocks are kept, the latest `summaries` | B.4.8 | block |

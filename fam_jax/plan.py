@@ -2,7 +2,7 @@
 
 Rows of a batch stand at different offsets in their open blocks, have different lengths, and start documents
 at different blocks. A `Plan` turns this into arrays over (row, block), so that the layers need no other
-knowledge, and the two schedules cannot disagree about it.
+knowledge, and the schedules cannot disagree about it.
 
 Tokens are laid out in windows, one per block that the call can touch. A call of at least a block uses windows
 of a whole block, column c being slot c of the block. A shorter call uses windows of its own length, the

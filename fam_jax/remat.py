@@ -13,7 +13,8 @@ key/value heads of k):
 | attention | queries, keys, values, and what attention gives | d + (2h + 2g)k |
 | full | the layer's input | d |
 
-Of attention by cuDNN, "dots" and "attention" also keep what it gives, hk more, so that it is computed once.
+Of attention by cuDNN or splash kernels, "dots" and "attention" also keep what it gives, hk more, so that it is computed
+once.
 
 Where blocks of the text are spread over devices, the FAM's updates are always computed again, by all devices at once;
 what the turns of the FAM gave is kept.
@@ -24,7 +25,7 @@ from typing import Any
 
 import jax
 
-# Names that `jax.ad_checkpoint.checkpoint_name` gives in `fam_jax.sublayers`, `fam_jax.fam` and `fam_jax.cudnn`.
+# Names that `jax.ad_checkpoint.checkpoint_name` gives in `fam_jax.sublayers`, `fam`, `cudnn` and `splash`.
 PROJECTED, ATTENDED, UPDATED, FUSED = "projected", "attended", "updated", "fused"
 
 POLICIES: dict[str, Callable[..., Any] | None] = {

@@ -261,6 +261,7 @@ def wavefront_schedule(
     `layer_schedule`.
     """
     layers, count = _climb_all(config, mixer, layers, plan), config.num_layers
+    layers = layers._replace(params=gather(config.sharding, layers.params))  # all are used at every diagonal
     blocks, plans = jnp.moveaxis(x, 1, 0)[:, :, None], plan.per_block()
     last = len(blocks) - 1
     rows = {"tokens": blocks.shape[1:-1]} if mixer.per_layer else {}
@@ -270,8 +271,9 @@ def wavefront_schedule(
     def one(number, layers, carry, banks, memory, plan, active):
         live = mixer.first + number * mixer.per_layer
         depths = {name: Depth(bank, live, number) for name, bank in banks.items()}
-        carries, params = {"tokens": carry}, gather(config.sharding, layers.params)
-        carries, after, kept, slots = layer(config, mixer, params, carries, memory, layers.inputs, plan, depths)
+        carries, after, kept, slots = layer(
+            config, mixer, layers.params, {"tokens": carry}, memory, layers.inputs, plan, depths
+        )
         memory = jax.tree.map(lambda new, old: jnp.where(active, new, old), after, memory)
         banks = {
             name: jax.lax.dynamic_update_slice_in_dim(bank, jnp.stack(slots[name]), live, 0)
@@ -292,11 +294,17 @@ def wavefront_schedule(
         left, banks, memory, new = jax.vmap(one)(numbers, layers, entering, banks, memory, here, active)
         out = mixer.close(final, left[-1], banks["tokens"][-1] if banks else None)
         kept = jnp.where((active & here.store[:, 0])[:, None, None], new, kept)
-        left, banks = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), (left, banks))
+        left = moved(left, 1)
+        banks = {name: moved(bank, 2).at[0].set(0) for name, bank in banks.items()}
         return (left, banks, memory, kept), out
 
+    def moved(x, batch):
+        """To the next layer: x [l, ...], whose axis `batch` is that of the rows."""
+        return constrain(config.sharding, jnp.roll(x, 1, axis=0), "batch", *[None] * (x.ndim - batch - 1))
+
+    # Idle places at the beginning read the first block, so that their numbers, which nothing uses, are finite.
     entering, banks = jax.tree.map(
-        lambda one: jnp.zeros((count, *one.shape), one.dtype),
+        lambda one: jnp.broadcast_to(one, (count, *one.shape)),
         (mixer.open(blocks[0]), {name: mixer.bank(shape, config.dtype) for name, shape in rows.items()}),
     )
     kept = jnp.zeros((count, config.fam_length, config.d_model), x.dtype)

@@ -58,8 +58,8 @@ def check_sequence(config: DecoderConfig, time: int, windows: int) -> bool:
         return False
     if config.schedule != "layer":
         raise ValueError(
-            f"schedule={config.schedule!r} reads one block after another, which the mesh's sequence={size} cannot "
-            "spread; set schedule to 'layer', or sequence to 1"
+            f"schedule={config.schedule!r} cannot be spread over the mesh's sequence={size}, as it does not have all "
+            "blocks of a layer at once; set schedule to 'layer', or sequence to 1"
         )
     if windows % size:
         raise ValueError(

@@ -94,7 +94,8 @@ def attend_blocks(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return run(q, k, v, there_are)
-    # Kernels are nothing that XLA could spread. A group's queries stay with its keys: there are fewer keys' heads.
+    # Kernels are nothing that XLA could spread. A group's queries stay with its keys; if those of several heads cannot
+    # be spread over the axis of heads, each of its devices computes all.
     spread = fit(rules.spec("batch", "block", None, "kv_heads", None), k.shape, mesh)
     of_q = fit(rules.spec("batch", "block", None, "heads", None), q.shape, mesh) if k.shape[3] == 1 else spread
     free = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is not AxisType.Manual}

@@ -58,6 +58,9 @@ MODELS = {
     "FAM, one key head, block schedule": dataclasses.replace(PLAIN, memory=MEMORY, num_kv_heads=1, schedule="block"),
     "FAM with LIMe, wavefront": dataclasses.replace(PLAIN, memory=MEMORY, mixing=LimeConfig(), schedule="wavefront"),
     "FAM, splash": dataclasses.replace(PLAIN, memory=MEMORY, attention="splash"),
+    "FAM, one key head, wavefront, splash": dataclasses.replace(
+        PLAIN, memory=MEMORY, num_kv_heads=1, attention="splash", schedule="wavefront"
+    ),
     "FAM with LoRA": dataclasses.replace(
         PLAIN, memory=MEMORY, mixing=LimeConfig("dynamic_views"), lora=LoraConfig(rank=4, alpha=8, dropout=0.2)
     ),
@@ -166,6 +169,7 @@ FAST = {
     ("FAM with LIMe", "fsdp_tp x sequence"),
     ("FAM, many segments", "sequence"),
     ("static summaries, three seen", "fsdp_tp x sequence"),
+    ("FAM, splash", "fsdp_tp x sequence"),
 }
 
 
@@ -180,6 +184,7 @@ OTHERS = {
     "FAM, one key head, block schedule": ["fsdp_tp", "tensor 4"],
     "FAM with LIMe, wavefront": ["fsdp_tp"],
     "FAM, splash": ["fsdp_tp", "fsdp_tp x sequence"],
+    "FAM, one key head, wavefront, splash": ["tensor 4"],
     "FAM with LoRA": ["fsdp_tp", "fsdp_tp x sequence"],
     "FAM with streams": ["fsdp_tp", "fsdp_tp x sequence"],
     "static summaries, three seen": ["sequence", "fsdp_tp x sequence"],

@@ -129,7 +129,7 @@ def test_few_tokens_are_read_by_all_devices():
         (
             "FAM, one key head, block schedule",
             32,
-            r"schedule='block' .* sequence=4 cannot spread; set schedule",
+            r"schedule='block' cannot be spread over the mesh's sequence=4, .*; set schedule",
         ),
     ],
 )

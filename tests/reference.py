@@ -350,6 +350,7 @@ def assert_trees_close(got: Any, want: Any, tolerance: float = 1e-10) -> None:
 
 def mostly_slow(names: Iterable[str], fast: Collection[str]) -> pytest.MarkDecorator:
     """Parametrizes a test by `name`; those of a class that a fast one stands for are slow."""
+    assert set(fast) <= set(names)
     return pytest.mark.parametrize(
         "name", [pytest.param(name, marks=[] if name in fast else pytest.mark.slow) for name in names]
     )

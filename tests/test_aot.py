@@ -136,6 +136,7 @@ def test_the_run_that_is_compiled():
         ({"mesh": "fsdp"}, "mesh='fsdp' is not allowed; give AXIS=SIZE,... with the axes data, fsdp"),
         ({"mesh": "rows=2"}, "mesh='rows=2' is not allowed"),
         ({"microbatch": 3}, "microbatch=3 is not allowed; it must divide batch=8"),
+        ({"attention": "splash", "topology": "h100:8"}, "attention='splash' is for TPUs, but topology='h100:8'"),
         ({"microbatch": 4, "what": "decode"}, "microbatch=4 is for training; what='decode' reads all rows at once"),
     ],
 )

@@ -241,11 +241,22 @@ def test_programs_for_a_gpu_hold_the_kernels_and_their_operations_are_counted(mo
 
 
 @pytest.mark.skipif(ON_GPU, reason="tells kernels from their names in a program for a GPU that is not there")
-@pytest.mark.parametrize(("remat", "runs"), [("none", 2), ("dots", 2), ("attention", 2), ("full", 4)])
-def test_the_backward_pass_computes_it_again_only_if_all_of_a_layer_is(remat, runs, monkeypatch):
+@pytest.mark.parametrize(
+    ("schedule", "remat", "runs"),
+    [
+        ("layer", "none", 2),
+        ("layer", "dots", 2),
+        ("layer", "attention", 2),
+        ("layer", "full", 4),
+        ("wavefront", "none", 2),
+        ("wavefront", "attention", 2),
+    ],
+)
+def test_the_backward_pass_computes_it_again_only_if_all_of_a_layer_is(schedule, remat, runs, monkeypatch):
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91300)
     monkeypatch.setattr(cudnn, "_on_gpu", lambda head_dim: True)
-    config = dataclasses.replace(fam_config(), dtype="bfloat16", param_dtype="float32", head_dim=8, remat=remat)
+    config = dataclasses.replace(fam_config(), dtype="bfloat16", param_dtype="float32", head_dim=8)
+    config = dataclasses.replace(config, schedule=schedule, remat=remat)
 
     def gradient(params):
         return jax.grad(lambda params: jnp.sum(Decoder(config).apply({"params": params}, TOKENS).logits))(params)

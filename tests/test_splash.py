@@ -3,8 +3,11 @@
 import dataclasses
 import importlib.util
 import os
+import re
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -127,11 +130,43 @@ def test_operations_of_whole_tiles_are_those_of_plain_products(memory):
     assert operations("splash") == operations("xla")
 
 
-def test_compiles_for_chips(tmp_path):
-    """Each of four chips has its kernels, forwards and backwards; scores are nowhere."""
+@pytest.mark.parametrize(("remat", "runs"), [("none", 1), ("dots", 1), ("attention", 1), ("full", 2)])
+def test_programs_for_a_tpu_hold_the_kernels_which_run_again_only_if_all_of_a_layer_does(remat, runs):
+    """The forward kernel, and both of the backward pass; scores are nowhere else, and operations are counted."""
+    config = dataclasses.replace(CASES["fam"], attention="splash", remat=remat)
+
+    def gradient(params):
+        return jax.grad(lambda params: jnp.sum(Decoder(config).apply({"params": params}, TOKENS).logits))(params)
+
+    shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), TOKENS)["params"]
+    text = jax.jit(gradient).trace(shapes).lower(lowering_platforms=("tpu",)).as_text()
+    kernels = [len(re.findall(rf'kernel_name = "splash_mqa_{part}', text)) for part in ("fwd", "dq", "dkv")]
+    assert kernels == [runs, 1, 1]
+
+
+def test_operations_of_a_gradient_are_those_of_the_three_kernels():
+    """Two products forwards, three for the queries' gradient, four for the keys' and values'."""
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((1, 2, 128, 4, 16)).astype(np.float32)
+    own = Source(*(rng.standard_normal((1, 2, 128, 2, 16)).astype(np.float32) for _ in "kv"))
+    there = np.zeros((1, 2), int)
+
+    def loss(q, k, v):
+        return jnp.sum(splash.attend_blocks(decoder_config().sharding, q, Source(k, v), [], [], there, None))
+
+    products = flops.count(jax.grad(loss, argnums=(0, 1, 2)), q, own.k, own.v)
+    rows = 2 * 4 * 128  # of each of which what is given times its gradient is summed, too
+    assert products == 2 * rows * ((2 + 3 + 4) * 128 * 16 + 16)
+
+
+def test_compiles_for_chips():
+    """Each of four chips has its kernels."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip('compiling for a TPU needs libtpu: pip install -e ".[tpu]"')
-    command = [sys.executable, "-m", "experiments.aot", "--preset", "tiny", "--topology", "v5e:2x2", "--batch", "8"]
-    command += ["--length", "64", "--attention", "splash", "--output", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "experiments.aot", "--preset", "tiny", "--topology", "v5e:2x2", "--batch", "8"]
+        command += ["--length", "64", "--attention", "splash", "--output", folder]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (file,) = Path(folder).iterdir()
+    assert file.stem == "aot-tiny-fam-splash-v5e-2x2"

@@ -31,7 +31,7 @@ python -m experiments.analyze --checkpoint runs/passkey_reach-cpu-base-0 --what 
 
 and the same of `noise-0` and `no-clip`. Without the limit the FAM grows by the same amount in every block, to hundreds
 of times its size at first, so that its normed rows come to a standstill at something else than they were trained with.
-With the limit it stays at 4, and goes on moving by some 5 % a block, as much with noise as without: noise does not
+With the limit it stays at 4, and goes on moving by 4 to 10 % a block, as much with noise as without: noise does not
 stop the drift; what it changes must be how what is read bears it. The key sits in five rows of layer 2, about a digit
 in each: with another text's row there, an answer has one digit of that text's key. In layer 1 no row alone matters.
 """

@@ -41,7 +41,20 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu"}
 _REFUSED = ("quantization_config", "mlp_bias", "use_bidirectional_attention", "use_qk_norm", "attention_multiplier")
 
 # Fields of DecoderConfig that say how a model is used or computed, and not which function it is.
-OWN = frozenset({"memory", "mixing", "schedule", "dtype", "param_dtype", "remat", "scan_layers", "sharding", "lora"})
+OWN = frozenset(
+    {
+        "memory",
+        "mixing",
+        "schedule",
+        "attention",
+        "dtype",
+        "param_dtype",
+        "remat",
+        "scan_layers",
+        "sharding",
+        "lora",
+    }
+)
 
 
 def family_of(theirs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
