@@ -66,6 +66,7 @@ class Options:
         tokens: Length of the text.
         batch_size: Texts in a step.
         width: Width of the model.
+        d_ff: Width of the feed-forward; 0 is four times that of the model.
         heads: Query heads.
         kv_heads: Key and value heads.
         remat: Recompute layers in the backward pass, where the arm leaves the choice.
@@ -81,6 +82,7 @@ class Options:
     tokens: int = 128
     batch_size: int = 1
     width: int = 64
+    d_ff: int = 0
     heads: int = 4
     kv_heads: int = 4
     remat: bool = False
@@ -99,7 +101,7 @@ def model_config(options: Options, layers: int, mixing: MixingConfig | None) -> 
         num_heads=options.heads,
         num_kv_heads=options.kv_heads,
         head_dim=options.width // options.heads,
-        d_ff=4 * options.width,
+        d_ff=options.d_ff or 4 * options.width,
         mixing=mixing,
         remat="full" if options.remat else "none",
         scan_layers=options.scan,
