@@ -28,6 +28,7 @@ from experiments.command import modules, run_command
 from experiments.config import TrainConfig, check
 from experiments.data.questions import QuestionData
 from experiments.process import BusyError, Stopped
+from experiments.stored import find_checkpoint
 from experiments.train import NonFiniteError, train
 from experiments.typed import from_json, to_json
 
@@ -186,7 +187,8 @@ def measure(name: str, size: str, config: TrainConfig, file: Path) -> None:
 
     Raises:
         Stopped: a signal came.
-        ValueError, CheckpointError, NonFiniteError, BusyError: as `experiments.train.train`.
+        ValueError: the run's folder has a run with other settings; or as `experiments.train.train`.
+        CheckpointError, NonFiniteError, BusyError: as that.
     """
     settings = _evaluation(name, size, config)
     made_by = _made_by(settings)
@@ -196,6 +198,7 @@ def measure(name: str, size: str, config: TrainConfig, file: Path) -> None:
             results.write(_renamed(result, config.name, file.stem), file.parent)
             print(f"the same as {other}")
             return
+    _check_run(config)
     trained = train(config)
     if trained.stopped:
         raise Stopped(trained.stopped)
@@ -207,6 +210,19 @@ def measure(name: str, size: str, config: TrainConfig, file: Path) -> None:
         analyze.run(analyze.Options(config.directory, **told))
     else:
         evaluate.run(evaluate.Options(config.directory, steps=steps, **told))
+
+
+def _check_run(config: TrainConfig) -> None:
+    """Raises a ValueError for a run's folder that another run has: training would go on from it, or be done already."""
+    try:
+        before = find_checkpoint(config.directory)[2]
+    except CheckpointError:
+        return  # nothing that training would go on from
+    if _decisive(before) != _decisive(config):
+        raise ValueError(
+            f"{config.directory} has a run with other settings than {config.name} has now; move it away, or give "
+            "another work_dir"
+        )
 
 
 def at_factor(config: TrainConfig, factor: float) -> TrainConfig:
@@ -317,14 +333,19 @@ def _made_by(evaluation: Mapping[str, Any]) -> str:
 
 def _is_of(config: TrainConfig, evaluation: Mapping[str, Any], result: results.Result) -> bool:
     """Whether a result is that of a config and its evaluation, wherever the run's files are."""
-    now = to_json(config)
-    then = to_json(from_json(result.config["train"], TrainConfig))  # settings that are newer have their defaults
+    then = from_json(result.config["train"], TrainConfig)  # settings that are newer have their defaults
     told = result.config[_made_by(evaluation)]
     if any(told.get(name, False) != evaluation.get(name, False) for name in CONTROLS):
         return False  # its curves would be more, or fewer
-    return all(now[field] == then[field] for field in DECIDES) and all(
+    return _decisive(config) == _decisive(then) and all(
         json.loads(json.dumps(value)) == told.get(field) for field, value in evaluation.items()
     )
+
+
+def _decisive(config: TrainConfig) -> dict[str, Any]:
+    """What of a config its result depends on."""
+    whole = to_json(config)
+    return {field: whole[field] for field in DECIDES}
 
 
 def overview(output: Path) -> str:

@@ -58,6 +58,16 @@ def test_all_arms_and_seeds_are_run_once(options, compile_cache, monkeypatch):
         ablate.run("arithmetic", options)
 
 
+def test_the_run_of_other_settings_is_not_gone_on_with(options, compile_cache, monkeypatch):
+    """As after a change of a row's learning rate: the run in its folder is through, or half way with the old one."""
+    one = dataclasses.replace(options, arms=("LIMe",), seeds=(0,))
+    ablate.run("arithmetic", one)
+    (options.output / "arithmetic-cpu" / "LIMe-0.json").unlink()
+    monkeypatch.setattr(arithmetic, "arms", lambda size: {"LIMe": ablate.at_factor(tiny_arms(size)["LIMe"], 2.0)})
+    with pytest.raises(ValueError, match=r"arithmetic-cpu-LIMe-0 has a run with other settings than LIMe has now"):
+        ablate.run("arithmetic", one)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
