@@ -109,7 +109,8 @@ def _count_equation(equation: Any) -> int:
         return 2 * terms * math.prod(equation.outvars[0].aval.shape)
     if name in FUSED:
         return 2 * FUSED[name] * _fused_pairs(equation)
-    if name == "pallas_call" and (products := [SPLASH[one] for one in SPLASH if params["name"].startswith(one)]):
+    products = [SPLASH[one] for one in SPLASH if name == "pallas_call" and str(params["name"]).startswith(one)]
+    if products:
         q, k, *_ = (one.aval for one in equation.invars if jnp.issubdtype(one.aval.dtype, jnp.floating))
         return 2 * products[0] * math.prod(q.shape) * k.shape[-2]
     if name in OPAQUE:

@@ -237,13 +237,10 @@ def test_another_model_or_run(saved, field, change, message):
 def test_settings_that_may_change(saved):
     folder, config = saved
     optim = dataclasses.replace(config.optim, learning_rate=3.0)
-    other = dataclasses.replace(
-        with_model(config, schedule="block", attention="xla", remat="full"), steps=99, optim=optim
-    )
+    other = dataclasses.replace(with_model(config, schedule="block", attention="xla"), steps=99, optim=optim)
     assert folder.restore(*trees(), other).changed == [
         ("model.schedule", "layer", "block"),
         ("model.attention", "auto", "xla"),
-        ("model.remat", "none", "full"),
         ("steps", 20, 99),
         ("optim.learning_rate", 1e-2, 3.0),
     ]
