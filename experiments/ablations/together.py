@@ -11,6 +11,7 @@ from lime_jax import LimeConfig
 
 SIZES = ("cpu", "gpu", "paper")
 CORE = True
+VERDICT = "no gain at this size: neither FAM nor LIMe nor both are ahead of the window in 600 steps"
 
 
 def arms(size: str) -> dict[str, TrainConfig]:
