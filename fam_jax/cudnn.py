@@ -31,15 +31,21 @@ WIDEST = 256  # head that the kernels take, from compute capability 9 on; 128 be
 
 def obstacle(config: "DecoderConfig") -> str | None:
     """The field of a config by which its attention is nothing for these kernels, and what it must be; None if none."""
-    c, memory = config, config.memory
+    c = config
     if c.dtype != "bfloat16":
         return f"dtype={c.dtype!r}, which must be 'bfloat16'"
     if c.head_dim % 8 or c.head_dim > WIDEST:
         return f"head_dim={c.head_dim}, which must be a multiple of 8, at most {WIDEST}"
     if c.attention_softcap is not None:
         return f"attention_softcap={c.attention_softcap}, which must be None"
-    if c.local_window is not None:
-        return f"local_window={c.local_window}, which must be None"
+    return masked(config)
+
+
+def masked(config: "DecoderConfig") -> str | None:
+    """The field by which a block sees more, or less, than itself causally and whole rows before it; None if none."""
+    memory = config.memory
+    if config.local_window is not None:
+        return f"local_window={config.local_window}, which must be None"
     if memory is None:
         return None
     if memory.kind not in ("fam", "summary"):

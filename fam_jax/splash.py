@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType
 
+from fam_jax.cudnn import masked
 from fam_jax.ops import Source
 from fam_jax.remat import FUSED
 from fam_jax.sharding import ShardingRules, fit
@@ -27,23 +28,9 @@ LARGEST = 4  # of so many; as scores, a tile of 512 by 512 takes a megabyte
 
 def obstacle(config: "DecoderConfig") -> str | None:
     """The field of a config by which its attention is nothing for these kernels, and what it must be; None if none."""
-    c, memory = config, config.memory
-    if c.dtype not in ("bfloat16", "float32"):
-        return f"dtype={c.dtype!r}, which must be 'bfloat16' or 'float32'"
-    if c.local_window is not None:
-        return f"local_window={c.local_window}, which must be None"
-    if memory is None:
-        return None
-    if memory.kind not in ("fam", "summary"):
-        return f"memory.kind={memory.kind!r}, which must be 'fam' or 'summary'"
-    for name, value, needed in (
-        ("window", memory.window, None),
-        ("fam_blocks", memory.fam_blocks, 1),
-        ("layers", memory.layers, None),
-    ):
-        if value != needed:
-            return f"memory.{name}={value!r}, which must be {needed}"
-    return None
+    if config.dtype not in ("bfloat16", "float32"):
+        return f"dtype={config.dtype!r}, which must be 'bfloat16' or 'float32'"
+    return masked(config)
 
 
 def chosen(config: "DecoderConfig") -> bool:
@@ -84,23 +71,23 @@ def attend_blocks(
     """
     sources = [*rows, *segments, own]
     k, v = (jnp.concatenate([getattr(one, name) for one in sources], axis=2) for name in ("k", "v"))
-    seen = [
+    keys = [
         *(jnp.ones((*there.shape, one.k.shape[2]), bool) for one in rows),
         *(jnp.broadcast_to((back <= there)[..., None], one.k.shape[:3]) for back, one in enumerate(segments, 1)),
         jnp.ones(own.k.shape[:3], bool),
     ]
-    there_are = jnp.broadcast_to(jnp.concatenate(seen, axis=2), k.shape[:3]).astype(jnp.int32)
+    seen = jnp.broadcast_to(jnp.concatenate(keys, axis=2), k.shape[:3]).astype(jnp.int32)
     run = partial(_attend, before=k.shape[2] - own.k.shape[2], softcap=softcap)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return run(q, k, v, there_are)
+        return run(q, k, v, seen)
     # Kernels are nothing that XLA could spread. A group's queries stay with its keys; if those of several heads cannot
     # be spread over the axis of heads, each of its devices computes all.
     spread = fit(rules.spec("batch", "block", None, "kv_heads", None), k.shape, mesh)
     of_q = fit(rules.spec("batch", "block", None, "heads", None), q.shape, mesh) if k.shape[3] == 1 else spread
     free = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is not AxisType.Manual}
-    in_specs, names = (of_q, spread, spread, jax.P(*spread[:3])), free
-    return jax.shard_map(run, in_specs=in_specs, out_specs=of_q, axis_names=names, check_vma=False)(q, k, v, there_are)
+    specs = (of_q, spread, spread, jax.P(*spread[:3]))
+    return jax.shard_map(run, in_specs=specs, out_specs=of_q, axis_names=free, check_vma=False)(q, k, v, seen)
 
 
 def _attend(q: Array, k: Array, v: Array, seen: Array, *, before: int, softcap: float | None) -> Array:

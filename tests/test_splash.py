@@ -16,7 +16,7 @@ import pytest
 from reference import B, assert_trees_close, decoder_config, fam_config, mostly_slow, params_of, runner, some_tokens
 from train_helpers import ROOT
 
-from experiments import flops
+from experiments import checkpoint, flops
 from fam_jax import Decoder, DecoderConfig, MemoryConfig, splash
 from fam_jax.ops import Source, attend
 from lime_jax import LimeConfig
@@ -116,6 +116,13 @@ def test_what_these_kernels_cannot(monkeypatch):
         splash.chosen(DecoderConfig(**sizes, attention="splash"))
 
 
+def test_a_trained_model_is_read_with_what_the_device_has():
+    config = decoder_config(attention="splash", **F32)
+    assert checkpoint.runs_here(config).attention == ("splash" if jax.default_backend() == "tpu" else "auto")
+    for attention in ("auto", "xla"):
+        assert checkpoint.runs_here(dataclasses.replace(config, attention=attention)).attention == attention
+
+
 @pytest.mark.parametrize("memory", [None, {"block_size": 128, "segments": 1}])
 def test_operations_of_whole_tiles_are_those_of_plain_products(memory):
     config = decoder_config(memory, num_kv_heads=1, **F32)
@@ -132,7 +139,7 @@ def test_operations_of_whole_tiles_are_those_of_plain_products(memory):
 
 @pytest.mark.parametrize(("remat", "runs"), [("none", 1), ("dots", 1), ("attention", 1), ("full", 2)])
 def test_programs_for_a_tpu_hold_the_kernels_which_run_again_only_if_all_of_a_layer_does(remat, runs):
-    """The forward kernel, and both of the backward pass; scores are nowhere else, and operations are counted."""
+    """The forward kernel, and both of the backward pass."""
     config = dataclasses.replace(CASES["fam"], attention="splash", remat=remat)
 
     def gradient(params):
@@ -160,7 +167,7 @@ def test_operations_of_a_gradient_are_those_of_the_three_kernels():
 
 
 def test_compiles_for_chips():
-    """Each of four chips has its kernels."""
+    """Their compiler takes the kernels, spread over a mesh of four."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip('compiling for a TPU needs libtpu: pip install -e ".[tpu]"')
     with tempfile.TemporaryDirectory() as folder:
