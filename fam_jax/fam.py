@@ -159,7 +159,7 @@ def scan_blocks(
     plan: Plan,
     depth: Depth,
     *,
-    skip_incomplete: bool,
+    updates: bool,
 ) -> tuple[Array, Source, Array, tuple[Array, ...], Array | None]:
     """Carries one layer's FAM over the blocks of a call.
 
@@ -172,7 +172,7 @@ def scan_blocks(
         block: Rotated keys and values of the blocks: [b, n, c, g, k].
         plan: Bookkeeping of the same blocks.
         depth: Earlier layers' FAM as it entered each block: rows [b, n, f].
-        skip_incomplete: Skip the work of a block that no row completes; pays when that is the rule.
+        updates: Whether the FAM is updated where a block is complete; without, it only enters, as it is left then.
 
     Returns:
         FAM after the last block [b, f, d]; rotated keys and values of the FAM that entered each block
@@ -213,10 +213,10 @@ def scan_blocks(
                 new = add_noise(new, memory.noise, jax.random.fold_in(inputs.noise_key, index))
             return new
 
-        new = jax.lax.cond(jnp.any(complete), compress, lambda: fam) if skip_incomplete else compress()
-        new = checkpoint_name(new, UPDATED)
+        if updates:
+            fam = jnp.where(complete[:, None, None], checkpoint_name(compress(), UPDATED), fam)
         # Were the carry laid out otherwise than it came in, every block would move it.
-        fam = constrain(config.sharding, jnp.where(complete[:, None, None], new, fam), "batch", None, None)
+        fam = constrain(config.sharding, fam, "batch", None, None)
         kept = jnp.where(store, jax.lax.stop_gradient(fam), kept)
         slots = (*here.own, *[entering] * (mixer.per_layer - len(here.own)))
         return (fam, kept), (own.k, own.v, slots, fam_k if memory.fam_blocks > 1 else None)

@@ -2,7 +2,9 @@
 
 `layer` serves all schedules: given all blocks it is the layer schedule, given one block a step of the block schedule,
 and of a diagonal of the wavefront. Tokens of all blocks are projected and attend in parallel; only the FAM rows go from
-block to block.
+block to block. In a call shorter than a block it leaves out what the end of a block does to a layer's memory, which
+`end_block` adds: few of such calls come to one, and it needs nothing of other layers but their FAM, so that all layers
+do it side by side.
 """
 
 import dataclasses
@@ -54,13 +56,13 @@ def layer(
 
     Returns:
         What goes to the next layer; what this layer remembers now; the FAM that Random State Passing keeps [f, d]; what
-        later layers may read, slots by name of their bank.
+        later layers may read, slots by name of their bank. In windows shorter than a block, `end_block` has the memory
+        and the FAM to keep of those that are complete.
     """
     rules = config.sharding
     depth, fam_depth = (depths.get(name, NO_DEPTH) for name in ("tokens", "fam"))
     x, add = mixer.enter(params.mixing, carries["tokens"], depth, 0)
-    windows, width = x.shape[1:3]
-    size = memory.open_k.shape[1]
+    windows = x.shape[1]
     q, k, v, depth = project(config, mixer, params, x, depth)
     k, v = _fill(k, memory.open_k, plan), _fill(v, memory.open_v, plan)
     q = constrain(rules, q, "batch", "block", None, "heads", None)
@@ -72,13 +74,11 @@ def layer(
     slots_of: dict[str, tuple[Array, ...]] = {"fam": ()}
     if inputs is not None:
         rest, memory, kept, slots_of["fam"] = _fam(
-            config, mixer, params, memory, inputs, block, plan, fam_depth, skip_incomplete=width < size
+            config, mixer, params, memory, inputs, block, plan, fam_depth, updates=plan.slot is None
         )
     rows: dict[str, Array] = {}
     if "read" in carries:
-        rows, slots_of, read = _memory_rows(
-            config, mixer, params, carries, block, plan, depths, skip_incomplete=width < size
-        )
+        rows, slots_of, read = _memory_rows(config, mixer, params, carries, block, plan, depths)
         rest = [read]
     if splash.chosen(config) and plan.slot is None:
         attended = splash.attend_blocks(rules, q, block, rest, segments, plan.segments, config.attention_softcap)
@@ -90,19 +90,51 @@ def layer(
     carry, depth = finish(config, mixer, params, x, add, attended, depth)
     carry = constrain(rules, carry, "batch", "block", None, None)
 
-    done = sequence.total(jnp.sum(plan.complete, axis=1))
-    segment_k, open_k = _advance(all_k, done, config.segments)
-    segment_v, open_v = _advance(all_v, done, config.segments)
+    every = {"open_k": all_k, "open_v": all_v}
     if memory.output_k is not None and memory.output_v is not None:
         output_k, output_v = rivals.of_outputs(config, mixer, params, carry)
-        output_k, output_v = _fill(output_k, memory.output_k, plan), _fill(output_v, memory.output_v, plan)
-        all_k = jnp.concatenate([memory.segment_k, output_k], axis=1)
-        all_v = jnp.concatenate([memory.segment_v, output_v], axis=1)
-        segment_k, output_k = _advance(all_k, done, config.segments)
-        segment_v, output_v = _advance(all_v, done, config.segments)
-        memory = memory._replace(output_k=output_k, output_v=output_v)
-    remembered = memory._replace(segment_k=segment_k, segment_v=segment_v, open_k=open_k, open_v=open_v)
-    return {"tokens": carry, **rows}, remembered, kept, {"tokens": depth.own, **slots_of}
+        every["output_k"] = _behind(memory.segment_k, _fill(output_k, memory.output_k, plan))
+        every["output_v"] = _behind(memory.segment_v, _fill(output_v, memory.output_v, plan))
+    if plan.slot is None:
+        memory = _advance_all(config, memory, every, plan)
+    else:
+        memory = memory._replace(**{name: blocks[:, -1] for name, blocks in every.items()})
+    return {"tokens": carry, **rows}, memory, kept, {"tokens": depth.own, **slots_of}
+
+
+def end_block(
+    config: DecoderConfig,
+    mixer: Mixer,
+    params: LayerParams,
+    memory: LayerMemory,
+    inputs: FamInputs | None,
+    plan: Plan,
+    depth: Depth,
+) -> tuple[LayerMemory, Array]:
+    """Updates the FAM, and makes the open block the latest segment, in the rows whose block is complete.
+
+    Args:
+        config: The decoder's.
+        mixer: What the layer reads of earlier layers.
+        params: The layer's weights.
+        memory: What `layer` left of a window shorter than a block.
+        inputs: Start of the FAM and its noise; None without a FAM.
+        plan: Bookkeeping of the same window.
+        depth: Earlier layers at the FAM rows as they entered the block.
+
+    Returns:
+        What the layer remembers now, and the FAM that Random State Passing keeps [f, d].
+    """
+    kept = jnp.zeros(memory.fam.shape[1:], memory.fam.dtype)
+    every = {
+        name: _behind(getattr(memory, f"segment_{name[-1]}"), opened[:, None])
+        for name in ("open_k", "open_v", "output_k", "output_v")
+        if (opened := getattr(memory, name)) is not None
+    }
+    if inputs is not None:
+        block = Source(_turned(config, params, plan, memory.open_k[:, None]), memory.open_v[:, None])
+        _, memory, kept, _ = _fam(config, mixer, params, memory, inputs, block, plan, depth, updates=True)
+    return _advance_all(config, memory, every, plan), kept
 
 
 def seen_blocks(
@@ -127,21 +159,20 @@ def seen_blocks(
     slots = jnp.arange(size)
     query_slots = jnp.arange(width) + (0 if plan.slot is None else plan.slot[:, :, None])
     start = 0 if plan.position is None else plan.position[:, :, None]
-    turns, window = frequencies(config, params.local), _window(config, params.local)
-    q = rotate(q, start + query_slots, turns)
+    window = _window(config, params.local)
+    q = rotate(q, start + query_slots, frequencies(config, params.local))
     seen = slots <= query_slots[..., None]
     if window is not None:
         seen &= query_slots[..., None] - slots < window
-    own = Source(rotate(k, start + slots, turns), v, seen)
+    own = Source(_turned(config, params, plan, k), v, seen)
 
-    all_k = jnp.concatenate([sequence.before(memory.segment_k, k), k], axis=1)
-    all_v = jnp.concatenate([sequence.before(memory.segment_v, v), v], axis=1)
+    all_k, all_v = _behind(memory.segment_k, k), _behind(memory.segment_v, v)
     sources = [own]
     for back in range(1, config.segments + 1):
         first = config.segments - back
         blocks = slice(first, first + windows)
         k, v, mask = _segment(config, all_k[:, blocks], all_v[:, blocks], back, query_slots, window, plan)
-        sources.append(Source(rotate(k, start + slots - back * size, turns), v, mask))
+        sources.append(Source(_turned(config, params, plan, k, back), v, mask))
     return q, sources, all_k, all_v
 
 
@@ -155,7 +186,7 @@ def _fam(
     plan: Plan,
     depth: Depth,
     *,
-    skip_incomplete: bool,
+    updates: bool,
 ) -> tuple[list[Source], LayerMemory, Array, tuple[Array, ...]]:
     """The FAM over the blocks of a call, if this layer has one; see `scan_blocks`.
 
@@ -167,15 +198,15 @@ def _fam(
     # All layers are one program: without a FAM, one never takes the update, and its tokens do not see the start.
     taken = plan if inputs.active is None else dataclasses.replace(plan, complete=plan.complete & inputs.active)
     fam, source, kept, slots, k = scan_blocks(
-        config, rows_mixer, params, memory.fam, inputs, block, taken, depth, skip_incomplete=skip_incomplete
+        config, rows_mixer, params, memory.fam, inputs, block, taken, depth, updates=updates
     )
     left, sources = memory._replace(fam=fam), [source]
     if memory.fam_k is not None and memory.fam_v is not None and k is not None:
-        k = jnp.concatenate([sequence.before(memory.fam_k, k), k], axis=1)
-        v = jnp.concatenate([sequence.before(memory.fam_v, source.v), source.v], axis=1)
+        k, v = _behind(memory.fam_k, k), _behind(memory.fam_v, source.v)
         sources += earlier(config, frequencies(config, params.local), k, v, plan)
-        done, count = sequence.total(jnp.sum(plan.complete, axis=1)), memory.fam_k.shape[1]
-        left = left._replace(fam_k=_advance(k, done, count)[0], fam_v=_advance(v, done, count)[0])
+        if updates:
+            done, count = _done(plan), memory.fam_k.shape[1]
+            left = left._replace(fam_k=_advance(k, done, count)[0], fam_v=_advance(v, done, count)[0])
     if inputs.active is not None:
         seen = jnp.broadcast_to(inputs.active, (1, len(plan.index), 1, 1))
         sources = [one._replace(mask=seen if one.mask is None else one.mask & seen) for one in sources]
@@ -190,8 +221,6 @@ def _memory_rows(
     block: Source,
     plan: Plan,
     depths: dict[str, Depth],
-    *,
-    skip_incomplete: bool,
 ) -> tuple[dict[str, Array], dict[str, tuple[Array, ...]], Source]:
     """The rows that RMT and AutoCompressors read and write; see `fam_jax.rivals`.
 
@@ -205,7 +234,8 @@ def _memory_rows(
         written, depth = rivals.write(config, mixer, params, carries["write"], [source, block], plan, start)
         return written, depth.own
 
-    written, own = _or_zeros(jnp.any(plan.complete), write) if skip_incomplete else write()
+    # In a call shorter than a block, the rule is that no block ends.
+    written, own = write() if plan.slot is None else _or_zeros(jnp.any(plan.complete), write)
     return {"read": read, "write": written}, {"read": depth.own, "write": own}, source
 
 
@@ -254,6 +284,38 @@ def _segment(
     if window is not None:
         mask = mask & (query_slots[..., None] - slots < window)
     return Source(k, v, mask)
+
+
+def _turned(config: DecoderConfig, params: LayerParams, plan: Plan, k: Array, back: int = 0) -> Array:
+    """Rotated keys, of [b, n, c, g, k], at their places `back` blocks before those of the plan."""
+    start = 0 if plan.position is None else plan.position[:, :, None]
+    slots = jnp.arange(k.shape[2]) - back * k.shape[2]
+    return rotate(k, start + slots, frequencies(config, params.local))
+
+
+def _behind(segments: Array, blocks: Array) -> Array:
+    """The segments before the blocks of this device, and these, [b, n, c, g, k], as one: [b, m + n, c, g, k]."""
+    return jnp.concatenate([sequence.before(segments, blocks), blocks], axis=1)
+
+
+def _done(plan: Plan) -> Array:
+    """Blocks that the call completes: int32 [b]."""
+    return sequence.total(jnp.sum(plan.complete, axis=1))
+
+
+def _advance_all(config: DecoderConfig, memory: LayerMemory, every: dict[str, Array], plan: Plan) -> LayerMemory:
+    """What a layer remembers once the complete ones of its blocks are past.
+
+    Args:
+        config: The decoder's.
+        memory: Before the blocks.
+        every: Segments and blocks, see `_behind`, by the field of `memory` that holds the open block.
+        plan: Bookkeeping of the blocks.
+    """
+    done, left = _done(plan), dict[str, Array]()
+    for name, blocks in every.items():  # where there are keys of outputs, which come last, segments hold those
+        left[f"segment_{name[-1]}"], left[name] = _advance(blocks, done, config.segments)
+    return memory._replace(**left)
 
 
 def _advance(blocks: Array, done: Array, segments: int) -> tuple[Array, Array]:

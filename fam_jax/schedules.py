@@ -16,10 +16,10 @@ from jax import Array
 from fam_jax import lora, rivals
 from fam_jax.config import DecoderConfig
 from fam_jax.fam import FamInputs, climb
-from fam_jax.layer import layer
+from fam_jax.layer import end_block, layer
 from fam_jax.plan import Plan
 from fam_jax.remat import POLICIES, recompute
-from fam_jax.sharding import constrain, gather
+from fam_jax.sharding import constrain, gather, gathers
 from fam_jax.state import LayerMemory, RSPState
 from fam_jax.sublayers import LayerParams, cast
 from lime_jax import Mixer, run_layers
@@ -103,21 +103,66 @@ def layer_schedule(
     Returns:
         Output of the last layer [b, n, w, d], memory, and the FAM to store [l, f, d].
     """
+    short, start, summaries = plan.slot is not None, {"tokens": x}, memory.summaries
+    memory = memory._replace(summaries=None)
+    # A short window leaves the segments as they are. Handed through a loop over layers, they might be copied.
+    names = ["open_k", "open_v", "output_k", "output_v", "fam"] if short else list(LayerMemory._fields)
+    changed = [name for name in names if getattr(memory, name) is not None]
 
     def body(plan, carries, xs, depths):
         one, before = xs
         carries, after, kept, slots = layer(config, mixer, one.params, carries, before, one.inputs, plan, depths)
-        return carries, slots, (after, kept)
+        fam = jnp.stack(slots["fam"]) if short and "fam" in depths else None
+        return carries, slots, ({name: getattr(after, name) for name in changed}, kept, fam)
 
-    start, summaries = {"tokens": x}, memory.summaries
     if summaries is not None and layers.prompt is not None:
         start |= rivals.begin_block(config, layers.prompt, summaries, plan)
-    last, (memory, kept) = through_layers(
-        config, mixer, layers, final, body, start, memory._replace(summaries=None), plan
-    )
+    last, (left, kept, fam) = through_layers(config, mixer, layers, final, body, start, memory, plan)
+    memory = memory._replace(**left)
+    if short and config.memory is not None:
+        memory, kept = jax.lax.cond(
+            jnp.any(plan.complete),
+            lambda memory: _end_block_of_all(config, mixer, layers, memory, fam, plan),
+            lambda memory: (memory, kept),
+            memory,
+        )
     if summaries is not None:
         memory = memory._replace(summaries=rivals.end_block(summaries, last["write"], plan))
     return last["tokens"], memory, kept
+
+
+_SIDE_BY_SIDE = 1024  # FAM rows of layers that are updated at once: more gain no speed, and take memory
+
+
+@jax.named_scope("layers")
+def _end_block_of_all(
+    config: DecoderConfig, mixer: Mixer, layers: Layers, memory: LayerMemory, fam: Array | None, plan: Plan
+) -> tuple[LayerMemory, Array]:
+    """What the end of a block does to the memory of all layers: `end_block` of several at a time.
+
+    Args:
+        config: The decoder's.
+        mixer: The layer mixer.
+        layers: Stacked over layers; the prompt of a FAM has climbed them.
+        memory: Stacked over layers; no summaries.
+        fam: Slots of all layers for FAM rows as they entered the block: [l, slots, b, 1, f, ...]; None if none.
+        plan: Bookkeeping of the block.
+    """
+    assert fam is None or not mixer.first, "only layers write slots for FAM rows"
+    bank = None if fam is None else fam.reshape(-1, *fam.shape[2:])
+
+    def one(x):
+        number, params, inputs, memory = x
+        params, depth = gather(config.sharding, params), Depth(bank, number * mixer.per_layer, number)
+        return end_block(config, mixer, params, memory, inputs, plan, depth)
+
+    count, rows = config.num_layers, len(plan.complete) * max(config.fam_length, 1)
+    # Where weights must be gathered, those of several layers at once may be more than a device holds.
+    most = 1 if gathers(config.sharding) else max(1, _SIDE_BY_SIDE // rows)
+    together = max(number for number in range(1, count + 1) if number <= most and count % number == 0)
+    xs = jnp.arange(count), layers.params, layers.inputs, memory
+    xs = jax.tree.map(lambda x: x.reshape(count // together, together, *x.shape[1:]), xs)
+    return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), jax.lax.map(jax.vmap(one), xs))
 
 
 def through_layers(

@@ -245,6 +245,12 @@ def constrain(rules: ShardingRules, x: Array, *axes: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, fit(spec, x.shape, mesh))
 
 
+def gathers(rules: ShardingRules) -> bool:
+    """Whether the mesh that is set spreads weights over devices that `gather` must put together."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return any(sizes.get(axis, 1) > 1 for axis in rules.embed)
+
+
 def gather(rules: ShardingRules, params: Any, *, looped: bool = True) -> Any:
     """Weights of a layer, or the embedding, put together over `fsdp` before they are used more than once.
 

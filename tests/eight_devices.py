@@ -214,6 +214,46 @@ def test_sharded_is_single(name, layout, alone):
     assert_close(state, wanted_state)
 
 
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("FAM with LIMe", "fsdp"),
+        ("FAM, many segments", "tensor 4"),
+        *(
+            pytest.param(name, layout, marks=pytest.mark.slow)
+            for name, layout in [
+                ("FAM, many segments", "dp"),
+                ("FAM with LIMe", "dp x fsdp_tp"),
+                ("static summaries, three seen", "fsdp_tp"),
+                ("one layer with a FAM from a prefix", "dp"),
+                ("Feedback Memory", "fsdp_tp"),
+                ("AutoCompressors", "fsdp_tp"),
+            ]
+        ),
+    ],
+)
+def test_short_calls_that_end_blocks(name, layout):
+    """Logits and state after calls of less than a block, in which some rows end theirs and others do not."""
+    model = MODELS[name]
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (8, 20))
+
+    def go(config):
+        decoder = Decoder(config)
+        variables = jax.jit(decoder.init)(jax.random.key(0), tokens[:, :1])
+        read = jax.jit(lambda state, tokens, lengths: decoder.apply(variables, tokens, state, lengths=lengths))
+        out = read(decoder.init_state(8), tokens[:, :5], 5 - np.arange(8) % 2)
+        after = []
+        for start in range(5, 20, 5):
+            out = read(out.state, tokens[:, start : start + 5], None)
+            after.append((out.logits, out.state))
+        return after
+
+    wanted = go(model)
+    rules, shape = MESHES[layout]
+    with jax.set_mesh(make_mesh(shape)):
+        assert_close(go(dataclasses.replace(model, sharding=PRESETS[rules])), wanted)
+
+
 @pytest.mark.parametrize("layout", ["fsdp", pytest.param("dp x fsdp_tp", marks=pytest.mark.slow)])
 def test_parts_of_a_batch_on_several_devices(layout):
     """Metrics, the stream and the moments of two steps in parts, against one device and the whole batch."""

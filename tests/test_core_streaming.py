@@ -171,24 +171,27 @@ class Row:
         return fam_decoder(self.params, self.config, np.array(self.document)).logits[-count:]
 
 
-@pytest.mark.parametrize("schedule", [*SCHEDULES, "wavefront"])
-def test_lengths_and_resets_give_each_row_its_own_documents(schedule, x64):
+@pytest.mark.parametrize(
+    ("schedule", "width"), [*((schedule, 2 * B + 1) for schedule in [*SCHEDULES, "wavefront"]), ("layer", B - 1)]
+)
+def test_lengths_and_resets_give_each_row_its_own_documents(schedule, width, x64):
+    """In calls of several blocks, and in short ones, in which some rows end a block and others do not."""
     config = fam_config(schedule=schedule)
     params = params_of(config)
     run, rng = runner(config), np.random.default_rng(6)
     rows = [Row(config, params) for _ in range(5)]
-    width = 2 * B + 1
+    blocks = -(-width // B)
     state = Decoder(config).init_state(5)
     seen = set()
-    for call in range(8):
+    for call in range(8 if blocks > 1 else 16):
         tokens = rng.integers(0, config.vocab_size, (5, width)).astype(np.int32)
         lengths = rng.integers(0, width + 1, 5).astype(np.int32)
-        lengths[call % 5] = (0, width, 2 * B, B)[call % 4]
-        reset = rng.random((5, 3)) < 0.25
+        lengths[call % 5] = min(width, (0, width, 2 * B, B)[call % 4])
+        reset = rng.random((5, blocks)) < 0.25
         # A document starts with a token: a block that gets none in this call is not reset.
         for r in range(5):
             start = 0 if reset[r, 0] else len(rows[r].document) % B
-            reset[r] &= np.maximum(np.arange(3) * B - start, 0) < lengths[r]
+            reset[r] &= np.maximum(np.arange(blocks) * B - start, 0) < lengths[r]
         out = run(params, tokens, state=state, lengths=lengths, reset=reset)
         for r, row in enumerate(rows):
             before = len(row.document) % B
@@ -199,12 +202,8 @@ def test_lengths_and_resets_give_each_row_its_own_documents(schedule, x64):
         np.testing.assert_array_equal(state.offset, [len(row.document) % B for row in rows])
         np.testing.assert_array_equal(state.blocks, [len(row.document) // B for row in rows])
         np.testing.assert_array_equal(state.fresh, [len(row.document) < B for row in rows])
-    assert {
-        ("reset", 0),
-        ("reset", 1),
-        ("length", 0),
-        ("length", width),
-    } <= seen  # what this is about did happen
+    happened = {("reset", min(1, blocks - 1)), ("reset", 0), ("length", 0), ("length", width)}
+    assert happened <= seen  # what this is about did happen
 
 
 def test_padding_is_never_read(x64):
@@ -363,6 +362,32 @@ def test_the_state_survives_saving(x64):
         through_bytes = serialization.from_bytes(blank, serialization.to_bytes(state))
         for copy in (through_numpy, through_bytes):
             np.testing.assert_array_equal(run(params, LONG[:, B + 1 : B + 4], state=copy).logits, want)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_a_token_leaves_the_segments_where_they_are(scan_layers, remat):
+    """No loop over layers hands them on, which would copy all of the cache for every token."""
+    config = fam_config({"segments": 3}, scan_layers=scan_layers, remat=remat, num_layers=3, **F32)
+    model, state = Decoder(config), jax.eval_shape(lambda: Decoder(config).init_state(2))
+    token = jax.ShapeDtypeStruct((2, 1), jnp.int32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), token)
+    jaxpr = jax.make_jaxpr(lambda *args: model.apply(*args).state)(variables, token, state)
+
+    def stacked(jaxpr):
+        """Shapes of what loops give, compiled ones and unrolled ones."""
+        for equation in jaxpr.eqns:
+            # The loop over a single window is none.
+            if equation.primitive.name in ("scan", "concatenate", "stack") and equation.params.get("length") != 1:
+                yield from (var.aval.shape for var in equation.outvars)
+            for part in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+                inner = getattr(part, "jaxpr", part)
+                if hasattr(inner, "eqns"):
+                    yield from stacked(inner)
+
+    shapes = set(stacked(jaxpr.jaxpr))
+    assert state.open_k.shape in shapes
+    assert state.segment_k.shape not in shapes
 
 
 @pytest.mark.parametrize(("schedule", "split"), [("layer", B + 2), ("block", 2 * B)])

@@ -165,7 +165,22 @@ def test_unrolled_layers_and_remat_change_nothing(name):
     assert_trees_close(results(scan_layers=False), want, 1e-10)
 
 
-@pytest.mark.parametrize(("name", "split"), [("three FAM", B + 2), ("feedback", B + 2), ("rmt", 2 * B)])
+@pytest.mark.parametrize("kind", ["rmt", "autocompressor"])
+def test_token_by_token_with_more_rows_than_layers(kind):
+    """Else the rows of a prompt could pass for layers."""
+    config = rival(kind)
+    config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, fam_length=config.num_layers + 1))
+    params, run = params_of(config), runner(config)
+    state, parts = None, []
+    for start in range(B + 1):
+        out = run(params, TOKENS[:, start : start + 1], state=state)
+        parts, state = [*parts, out.logits], out.state
+    assert_close(np.concatenate(parts, axis=1), run(params, TOKENS[:, : B + 1]).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"), [("three FAM", B + 2), ("three FAM", B - 1), ("feedback", B - 1), ("rmt", 2 * B)]
+)
 def test_gradients_flow_through_a_passed_state(name, split):
     """The gradient of two calls, split inside a block or at its edge, is the gradient of one."""
     params, model = params_of(KINDS[name]), Decoder(KINDS[name])
@@ -177,6 +192,10 @@ def test_gradients_flow_through_a_passed_state(name, split):
 
     def two(p):
         state = model.apply({"params": p}, text[:, :split]).state
+        if split < B:  # this short call ends a block
+            out = model.apply({"params": p}, text[:, split : B + 1], state=state)
+            rest = model.apply({"params": p}, text[:, B + 1 :], state=out.state).logits
+            return jnp.sum(jnp.concatenate([out.logits, rest], axis=1)[0] * weights)
         return jnp.sum(model.apply({"params": p}, text[:, split:], state=state).logits[0] * weights)
 
     whole, parts = quick_jit(lambda p: (jax.grad(one)(p), jax.grad(two)(p)))(params)
