@@ -19,9 +19,13 @@ import optax
 
 from experiments import peers
 from fam_jax import Decoder, DecoderConfig, MemoryConfig, presets
+from fam_jax.state import init_state
 from lime_jax import LimeConfig
 
-MODES = ("forward", "train", "prefill")
+TEXT_MODES = ("forward", "train", "prefill")
+STREAM = "stream"  # whose step reads a text in parts
+TOKEN_MODES = ("decode", "decode-end")  # whose step reads one token of each text
+MODES = (*TEXT_MODES, STREAM, *TOKEN_MODES)
 _ARM = re.compile(
     r"(fam|bswa|full)(?:\+lime(-push|-pull|-rebuild|-views|))?(?:/(layer|block|wavefront))?(?:@(auto|xla|cudnn|splash))?(?::(none|dots|attention|full))?"
 )
@@ -112,8 +116,17 @@ def model_config(shape: Shape, arm: str) -> DecoderConfig:
     )
 
 
-def functions(mode: str, config: DecoderConfig) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`make`, a key -> what the first step is given, and `step`, that and tokens -> the same and more. Not compiled."""
+def functions(
+    mode: str, config: DecoderConfig, batch: int, length: int
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`make`, a key -> what the first step is given, and `step`, that and tokens -> the same and more. Not compiled.
+
+    Args:
+        mode: Of MODES; the step of a stream reads one part.
+        config: The decoder's.
+        batch: Texts.
+        length: Tokens of a text.
+    """
     model, optimizer = Decoder(config), optax.adamw(1e-4)
 
     def init(key: jax.Array) -> Any:
@@ -135,8 +148,38 @@ def functions(mode: str, config: DecoderConfig) -> tuple[Callable[..., Any], Cal
         params = init(key)
         return (params, optimizer.init(params))
 
+    if mode not in TEXT_MODES:
+        return _from_state(mode, config, batch, length)
     if mode == "train":
         return make, train
     if mode == "forward":
         return init, lambda params, tokens: (params, loss(params, tokens))
     return init, lambda params, tokens: (params, apply(params, tokens).state)
+
+
+def _from_state(
+    mode: str, config: DecoderConfig, batch: int, length: int
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`functions` that go on from a state: a part of a stream, or one token.
+
+    The token is one in the middle of a block or at its end, and with full attention the last of a text. What was read
+    before makes no difference to the time.
+    """
+    model, full = Decoder(config), config.memory is None
+    size = length if config.memory is None else config.memory.block_size
+    counters = {}
+    if mode in TOKEN_MODES:
+        rows, offset = jnp.ones((batch,), jnp.int32), size // 2 if mode == "decode" and not full else size - 1
+        counters = {"fresh": rows == 0, "offset": rows * offset, "blocks": rows * ((length - 1) // size)}
+
+    def make(key: jax.Array) -> Any:
+        params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        return params, dataclasses.replace(init_state(config, batch, length if full else None), **counters)
+
+    def step(carry: Any, tokens: jax.Array) -> Any:
+        params, state = carry
+        tokens = tokens[:, :1] if counters else tokens
+        out: Any = model.apply({"params": params}, tokens, state, aligned=not counters and not full)
+        return (params, dataclasses.replace(out.state, **counters)), out.logits if counters else ()
+
+    return make, step

@@ -27,10 +27,12 @@ import tyro
 from tqdm import tqdm
 
 from experiments import flops, peers, report, results
-from experiments.arms import MODES, Shape, functions, model_config
+from experiments.arms import MODES, STREAM, TEXT_MODES, TOKEN_MODES, Shape, functions, model_config
 from experiments.typed import to_json
 from fam_jax import DecoderConfig
 from lime_jax import LimeConfig
+
+PART = 4096  # tokens at a time of a stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,9 @@ class Options:
         shape: Of the models.
         arms: Which to compare.
         modes: "forward" gives the loss of every token, "train" makes a step of AdamW, "prefill" gives the state that
-            further tokens need, and no logits.
+            further tokens need, and no logits, and "stream" the same in parts; "decode" reads a token of each text, in
+            the middle of a block, and "decode-end" a block's last, with which the FAM is updated; with full attention
+            both read the text's last.
         lengths: Tokens of a text.
         batch_sizes: Texts in a step.
         rounds: Steps of each arm, after two that are not counted.
@@ -56,7 +60,7 @@ class Options:
 
     shape: tyro.conf.OmitArgPrefixes[Shape] = Shape()  # noqa: RUF009
     arms: tuple[str, ...] = ("bswa", "fam", "full")
-    modes: tuple[str, ...] = MODES
+    modes: tuple[str, ...] = TEXT_MODES
     lengths: tuple[int, ...] = (8192,)
     batch_sizes: tuple[int, ...] = (1,)
     rounds: int = 10
@@ -115,25 +119,41 @@ def build(cell: Cell) -> None:
         except ValueError as error:
             cell.error = _first_line(error)
         return
-    make, step = functions(cell.mode, cell.config)
-    tokens = jax.ShapeDtypeStruct((cell.batch, cell.length), jnp.int32)
+    make, step = functions(cell.mode, cell.config, cell.batch, cell.length)
+    part = PART if cell.mode == STREAM else cell.length
+    tokens = jax.ShapeDtypeStruct((cell.batch, part), jnp.int32)
     try:
         made = jax.jit(make).lower(jax.random.key(0))
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), made.out_info)
         traced = jax.jit(step, donate_argnums=0).trace(shapes, tokens)
         lowered = traced.lower()
         start = time.perf_counter()
-        cell.step = lowered.compile()
+        compiled = lowered.compile()
+        cell.step = _in_parts(compiled, part) if cell.mode == STREAM else compiled
         cell.compile_seconds = time.perf_counter() - start
-        used = cell.step.memory_analysis()
+        used = compiled.memory_analysis()
         results_bytes = used.output_size_in_bytes - used.alias_size_in_bytes  # those in no argument's place
         cell.peak_bytes = used.argument_size_in_bytes + used.temp_size_in_bytes + results_bytes
         cell.make = made.compile()
     except (RuntimeError, ValueError) as error:  # the first is also JAX's own: out of memory, or cuDNN has no kernel
         cell.error = _first_line(error)
         return
+    if cell.mode == "decode":  # of what a block's end needs, the program has all, and the step does nothing
+        return
     with contextlib.suppress(ValueError):  # it has no single count
-        cell.counted = flops.count_jaxpr(traced.jaxpr.jaxpr)
+        cell.counted = flops.count_jaxpr(traced.jaxpr.jaxpr) * (cell.length // part)
+
+
+def _in_parts(step: Any, part: int) -> Any:
+    """A step that reads so many tokens at a time."""
+
+    def read(carry: Any, tokens: jax.Array) -> Any:
+        ids = np.asarray(tokens)
+        for start in range(0, ids.shape[1], part):
+            carry, out = step(carry, ids[:, start : start + part])
+        return carry, out
+
+    return read
 
 
 def measure(cells: list[Cell], rounds: int, seconds: float) -> None:
@@ -205,11 +225,13 @@ def hold(lock: Path | None, exclusive: bool) -> None:
 
 def model_flops(cell: Cell) -> int | None:
     """Operations that a step needs, nothing computed twice, only keys that are seen; None if there is no formula."""
+    if cell.mode in TOKEN_MODES:
+        return None
     if isinstance(cell.config.mixing, LimeConfig) and cell.config.mixing.router == "dynamic_views":
         return None
     c, tokens = cell.config, cell.batch * cell.length
     count = flops.train_flops if cell.mode == "train" else flops.forward_flops
-    logits = 2 * c.d_model * c.vocab_size * tokens if cell.mode == "prefill" else 0
+    logits = 2 * c.d_model * c.vocab_size * tokens if cell.mode in ("prefill", STREAM) else 0
     return count(c, cell.batch, cell.length, useful=True) - logits
 
 
@@ -228,7 +250,7 @@ def summary(cell: Cell, first: Cell, speed: float) -> dict[str, Any]:
         "tokens": cell.length,
         "step_seconds": seconds,
         "seconds": cell.seconds,
-        "tokens_per_second": cell.batch * cell.length / seconds,
+        "tokens_per_second": cell.batch * (1 if cell.mode in TOKEN_MODES else cell.length) / seconds,
         "ratio": float(np.median([mine / other for mine, other in pairs])),
         "model_flops": needed,
         "mfu": flops.mfu(needed, seconds, device, 1) if needed else None,
@@ -278,6 +300,8 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
     unknown = [mode for mode in options.modes if mode not in MODES]
     if unknown:
         raise ValueError(f"modes={unknown} are not known; there are {', '.join(map(repr, MODES))}")
+    if STREAM in options.modes and any(length % PART for length in options.lengths):
+        raise ValueError(f"lengths={options.lengths} must be multiples of {PART}, the parts of a stream")
     empty = [name for name in ("arms", "modes", "lengths", "batch_sizes") if not getattr(options, name)]
     if empty:
         raise ValueError(f"{empty[0]}=() leaves nothing to measure; give at least one")

@@ -2,10 +2,13 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments import benchmark, flops, results, speed
-from experiments.arms import Shape, model_config
+from experiments.arms import TOKEN_MODES, Shape, functions, model_config
 from experiments.benchmark import Options
 from lime_jax import LimeConfig
 
@@ -70,6 +73,39 @@ def test_speed_of_arms_of_which_one_cannot_run(tmp_path):
     assert "prefill, full@cudnn, batch 1, 8: ValueError" in table
 
 
+@pytest.mark.parametrize("mode", TOKEN_MODES)
+def test_a_token_is_read_at_the_same_place_again_and_again(mode):
+    make, step = functions(mode, model_config(TOY, "fam"), 2, 9)
+    start = make(jax.random.key(0))
+    _, after = step(start, jnp.ones((2, 9), jnp.int32))[0]
+    assert np.array_equal(after.offset, [2, 2] if mode == "decode" else [3, 3])
+    assert np.array_equal(after.blocks, [2, 2])
+    assert bool(jnp.any(after.fam)) == (mode == "decode-end")
+
+
+def test_speed_of_single_tokens(tmp_path):
+    options = speed.Options(TOY, arms=("fam", "full"), modes=TOKEN_MODES, lengths=(8,), rounds=3, product=32)
+    result, _, _ = speed.run(dataclasses.replace(options, batch_sizes=(2,), output=tmp_path))
+    assert not result.values["errors"]
+    for curve in result.values["curves"]:
+        assert (curve["counted_flops"] == [None]) == curve["label"].startswith("decode,")
+        assert curve["tokens_per_second"][0] == pytest.approx(2 / curve["step_seconds"][0])
+
+
+def test_a_stream_is_read_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "PART", 8)
+    options = speed.Options(TOY, arms=("fam",), modes=("stream",), lengths=(8, 24), rounds=3, product=32)
+    result, _, _ = speed.run(dataclasses.replace(options, output=tmp_path))
+    (curve,) = result.values["curves"]
+    assert curve["counted_flops"][1] == 3 * curve["counted_flops"][0]
+    assert curve["peak_gib"][0] == curve["peak_gib"][1]
+    cell = speed.Cell("stream", "fam", 24, 1, model_config(TOY, "fam"))
+    speed.build(cell)
+    assert np.array_equal(cell.step(cell.make(jax.random.key(0)), jnp.ones((1, 24), jnp.int32))[0][1].blocks, [6])
+    with pytest.raises(ValueError, match=r"lengths=\(12,\) must be multiples of 8"):
+        speed.run(dataclasses.replace(options, lengths=(12,), output=tmp_path))
+
+
 def test_a_training_step_is_timed_alone(tmp_path):
     options = speed.Options(TOY, arms=("bswa:none",), modes=("train",), lengths=(8,), apart=True, product=32)
     options = dataclasses.replace(options, rounds=3, output=tmp_path)
@@ -93,8 +129,8 @@ def test_arms_by_name():
             model_config(Shape(), arm)
     with pytest.raises(ValueError, match=r"preset='palm' is not known"):
         model_config(Shape("palm"), "fam")
-    with pytest.raises(ValueError, match=r"modes=\['decode'\] are not known"):
-        speed.run(speed.Options(modes=("decode",)))
+    with pytest.raises(ValueError, match=r"modes=\['sleep'\] are not known"):
+        speed.run(speed.Options(modes=("sleep",)))
 
 
 @pytest.mark.parametrize("command", ["memory", "time", "speed"])
