@@ -137,10 +137,10 @@ def plot(result: Result, path: str | Path) -> Path:
         figure.colorbar(_heat(kind, rows, axes), label=kind.y_label)
         axes.set(xlabel=kind.x_label, title=result.name)
         return _save(figure, path)
-    for row in rows:
+    for number, row in enumerate(rows):
         label = row.label if row.seeds == 1 else f"{row.label} (mean of {row.seeds} seeds, 95 %)"
-        marker = "o" if len(row.x) <= 40 else None
-        (drawn,) = axes.plot(row.x, row.mean, marker=marker, markersize=4, label=label)
+        marker, dash = "o" if len(row.x) <= 40 else None, "--" if number % 20 >= 10 else "-"  # there are ten colours
+        (drawn,) = axes.plot(row.x, row.mean, dash, marker=marker, markersize=4, label=label)
         if row.seeds > 1:
             low, high = row.mean - row.half, row.mean + row.half
             axes.fill_between(row.x, low, high, color=drawn.get_color(), alpha=0.2)
@@ -155,7 +155,11 @@ def plot(result: Result, path: str | Path) -> Path:
         axes.set_ylim(*kind.y_range)
     axes.set(xlabel=kind.x_label, ylabel=kind.y_label, title=result.name)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    if len(rows) > 7:
+        figure.set_size_inches(9.6, 4.8)
+        figure.legend(fontsize=8, loc="outside right upper")
+    else:
+        axes.legend(fontsize=8)
     return _save(figure, path)
 
 
