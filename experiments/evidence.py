@@ -60,8 +60,8 @@ ACCOUNT = """## What did not come out as in the papers
 - **RMT** ([passkey_rivals](#passkey_rivals)) is last in the paper and second here. Ours is trained with its gradient
   through all blocks, from scratch, with a curriculum; two seeds of three learn the task.
 - **Pretrained models** ([retrofit](#retrofit), [retrofit_passkey](#retrofit_passkey)). 400 steps of LoRA on 135M
-  parameters teach the rows of a FAM to help, but not to carry, and what is carried drifts beyond the trained length. The
-  paper trains 1B to 24B parameters for 50,000 steps, on rows of 8 blocks.
+  parameters teach the rows of a FAM to help, but not to carry, and what is carried drifts beyond the trained length.
+  The paper trains 1B to 24B parameters for 50,000 steps, on rows of 8 blocks.
 """
 
 INTRO = """# Evidence
@@ -117,7 +117,8 @@ def page(output: Path = results.DIRECTORY) -> str:
         for prefix, told in getattr(row, "BESIDE", {}).items():
             beside = together(prefix, told, output)
             sections += [report.table(beside)] if beside else []
-    return "\n\n".join([INTRO.strip(), report.markdown(cells, right=False), ACCOUNT.strip(), INSIDE.strip(), *sections]) + "\n"
+    first = [INTRO.strip(), report.markdown(cells, right=False), ACCOUNT.strip(), INSIDE.strip()]
+    return "\n\n".join(first + sections) + "\n"
 
 
 def measured(name: str, output: Path) -> dict[str, results.Result]:

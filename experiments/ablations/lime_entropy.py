@@ -14,6 +14,7 @@ from experiments.config import TrainConfig
 
 SIZES = lime_methods.SIZES
 CORE = False
+VERDICT = "as in the paper: with LIMe, mixed values keep more entropy in late layers than values have without"
 RUNS_OF = "lime_methods"
 
 

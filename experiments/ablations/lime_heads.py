@@ -12,6 +12,7 @@ from lime_jax import LimeConfig
 
 SIZES = ("cpu", "gpu", "paper")
 CORE = False
+VERDICT = "all behind no mixing, the less they mix the less: same head 0.009 nats, all heads 0.022"
 
 
 def arms(size: str) -> dict[str, TrainConfig]:

@@ -14,6 +14,7 @@ from experiments.config import TrainConfig
 
 SIZES = lime_methods.SIZES
 CORE = False
+VERDICT = "nothing to see: bytes are told apart at every layer, with LIMe and without"
 RUNS_OF = "lime_methods"
 
 

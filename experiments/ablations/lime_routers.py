@@ -13,6 +13,7 @@ from experiments.config import TrainConfig
 
 SIZES = lime_methods.SIZES
 CORE = False
+VERDICT = "in part as in the paper: all later layers read layer 1, and themselves, more than what is between"
 RUNS_OF = "lime_methods"
 
 
