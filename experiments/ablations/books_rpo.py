@@ -12,6 +12,7 @@ from experiments.config import TrainConfig
 
 SIZES = ("cpu", "gpu", "paper")
 CORE = False
+VERDICT = "no effect, as expected where the prompt moves along (0.001 nats), and none where it is pinned (0.003)"
 
 
 def arms(size: str) -> dict[str, TrainConfig]:

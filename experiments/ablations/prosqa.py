@@ -15,6 +15,7 @@ from lime_jax import LimeConfig
 
 SIZES = ("cpu", "gpu")
 CORE = False
+VERDICT = "as in the paper, from scratch: 0.465 and 0.460 right with LIMe, 0.325 and 0.415 without; one seed"
 
 
 def arms(size: str) -> dict[str, TrainConfig]:

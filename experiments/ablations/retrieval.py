@@ -19,6 +19,7 @@ from experiments.configs import retrieval
 
 SIZES = ("cpu", "gpu")
 CORE = False
+VERDICT = "FAM holds 8 pairs, and 16 half of the time; a static query 2 in part, RMT and the window none; one seed"
 
 
 def arms(size: str) -> dict[str, TrainConfig]:
