@@ -11,6 +11,7 @@ from experiments.config import TrainConfig
 
 SIZES = PASSKEY_SIZES
 CORE = False
+VERDICT = "only a FAM in the last layer alone loses keys; prefixes, earlier FAMs, the first layer alone: none; one seed"
 
 
 def arms(size: str) -> dict[str, TrainConfig]:
