@@ -26,7 +26,7 @@ def arms(size: str) -> dict[str, TrainConfig]:
     base = with_data(base, questions=kinds, blocks=(6, 8, 12) if size == "cpu" else (14, 16, 24, 32))
     if size == "cpu":
         small = with_model(base, d_model=64, num_layers=2, num_heads=4, head_dim=16, num_kv_heads=4, d_ff=256)
-        base = dataclasses.replace(with_data(small, batch_size=16), steps=1500, checkpoint_every=0)
+        base = dataclasses.replace(with_data(small, batch_size=16), steps=700, checkpoint_every=0)
     return memory_arms(base)
 
 

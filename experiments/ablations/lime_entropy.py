@@ -13,7 +13,7 @@ from experiments.ablations import lime_methods
 from experiments.config import TrainConfig
 
 SIZES = lime_methods.SIZES
-CORE = False
+CORE = True
 VERDICT = "as in the paper: with LIMe, mixed values keep more entropy in late layers than values have without"
 RUNS_OF = "lime_methods"
 

@@ -12,7 +12,7 @@ from experiments.ablations import lime_methods
 from experiments.config import TrainConfig
 
 SIZES = lime_methods.SIZES
-CORE = False
+CORE = True
 VERDICT = "in part as in the paper: all later layers read layer 1, and themselves, more than what is between"
 RUNS_OF = "lime_methods"
 
