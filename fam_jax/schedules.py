@@ -131,7 +131,7 @@ def layer_schedule(
     return last["tokens"], memory, kept
 
 
-_SIDE_BY_SIDE = 1024  # FAM rows of layers that are updated at once: more gain no speed, and take memory
+_SIDE_BY_SIDE = 1024  # FAM rows of layers that are updated at once, so that what they take of memory has a limit
 
 
 @jax.named_scope("layers")
