@@ -5,6 +5,7 @@ percent. XLA's own `cost_analysis` counts the body of a loop once and is of no u
 in a block, m segments, N FAM rows, H query and G key/value heads of width k, d model width, e feed-forward width.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -153,6 +154,8 @@ def forward_flops(config: DecoderConfig, batch: int, length: int, *, useful: boo
 
     Per layer, with P = 2dHk + 2dGk + 3de weights, a row of tokens, FAM or prompt costs 2P, and a pair of query and key
     4Hk. The FAM has N rows in each block, which see N + B keys, and the prompt N rows a call; a prefix costs nothing.
+    A call shorter than a block projects FAM rows twice: for its tokens, and for the update at a block's end,
+    where layers are scanned.
     Without its feed-forward, FAM rows cost the other weights only. LoRA of rank r adds r weights for every input and
     output of those that it changes.
 
@@ -187,8 +190,12 @@ def forward_flops(config: DecoderConfig, batch: int, length: int, *, useful: boo
         seen + updates * fam * (fam + block)
     )
     layers = 2 * _weight_rows(config, tokens, updates, useful) + 4 * c.num_heads * c.head_dim * pairs
-    rows = tokens + updates * fam + prompt
-    return layers + rows * _mixing(config, useful) + 2 * c.d_model * c.vocab_size * batch * length
+    mixed = (tokens + updates * fam + prompt) * _mixing(config, useful)
+    if not useful and length < block:
+        projected = _weights(c)[0] - c.d_model * c.num_heads * c.head_dim + _lora_weights(c, ("wq", "wk", "wv"))
+        layers += 2 * c.num_layers * updates * fam * projected
+        mixed += updates * fam * _mixing(dataclasses.replace(c, scan_layers=True), useful)
+    return layers + mixed + 2 * c.d_model * c.vocab_size * batch * length
 
 
 def _prompt(config: DecoderConfig) -> int:
@@ -206,8 +213,8 @@ def _weight_rows(config: DecoderConfig, tokens: int, updates: int, useful: bool,
     """Weights of all layers, times the rows that pass through them."""
     attention, ff = _weights(config)
     if lora:
-        more_attention, more_ff = _lora_weights(config)
-        attention, ff = attention + more_attention, ff + more_ff
+        attention += _lora_weights(config, ("wq", "wk", "wv", "wo"))
+        ff += _lora_weights(config, ("w_gate", "w_up", "w_down"))
     whole = config.num_layers * (attention + ff) * (tokens + _prompt(config))
     fam = attention + ff if config.memory and config.memory.fam_ff else attention
     return whole + _fam_layers(config, useful) * fam * updates * config.fam_length
@@ -228,14 +235,13 @@ def _weights(config: DecoderConfig) -> tuple[int, int]:
     return 2 * c.d_model * c.head_dim * (c.num_heads + c.num_kv_heads), 3 * c.d_model * c.d_ff
 
 
-def _lora_weights(config: DecoderConfig) -> tuple[int, int]:
-    """Those that LoRA adds to a layer: to attention, and to the feed-forward."""
+def _lora_weights(config: DecoderConfig, names: tuple[str, ...]) -> int:
+    """Those that LoRA adds to these weights of a layer."""
     if config.lora is None:
-        return 0, 0
-    sizes = {name: [math.prod(side) for side in sides(config, name)] for name in config.lora.targets}
-    added = {name: config.lora.rank * sum(both) for name, both in sizes.items()}
-    ff = sum(size for name, size in added.items() if name in ("w_gate", "w_up", "w_down"))
-    return sum(added.values()) - ff, ff
+        return 0
+    return config.lora.rank * sum(
+        math.prod(side) for name in config.lora.targets if name in names for side in sides(config, name)
+    )
 
 
 def idle_share(config: DecoderConfig, length: int, devices: int) -> float:

@@ -338,6 +338,8 @@ def test_operations(targets):
     trained = {name: params[name] for name in ("lora", "fam_prompt")}
     forward = flops.count(loss, trained, params, tokens)
     assert forward == flops.forward_flops(config, 2, 64)
+    short = flops.count(loss, trained, params, jax.ShapeDtypeStruct((2, 3), jnp.int32))
+    assert short == flops.forward_flops(config, 2, 3)
     counted = flops.count(jax.grad(loss), trained, params, tokens)
     assert counted == pytest.approx(flops.train_flops(config, 2, 64), rel=0.01)
     assert counted < 2.4 * forward
