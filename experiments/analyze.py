@@ -1,8 +1,8 @@
 """Analysis of a trained model: `python -m experiments.analyze --checkpoint DIR --what entropy`.
 
-Of a FAM, `attention` is how much tokens read of it and its rows of each block, `fam-drift` its size and change from
-block to block, and `fam-rows` which of its rows hold a pass key: by attention, and by exchanging rows between texts
-(`experiments.memory_maps`).
+Of a FAM, `attention` is how much tokens read of it and its rows of each block, `attention-layers` the same by layer,
+and how few tokens rows pick, `fam-drift` its size and change from block to block, and `fam-rows` which of its rows hold
+a pass key: by attention, and by exchanging rows between texts (`experiments.memory_maps`).
 
 `entropy` is the matrix Renyi entropy of hidden states and values by layer, `probes` how well linear probes tell tokens
 apart by them; both work on any model. Those that mix layers by LIMe have routers: `routers` is the heat map of what
@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,6 +65,7 @@ class Options:
     checkpoint: Path
     what: Literal[
         "attention",
+        "attention-layers",
         "fam-drift",
         "fam-rows",
         "entropy",
@@ -224,14 +226,9 @@ def main() -> int:
     return 0
 
 
-def _attention(run: _Run) -> dict[str, Any]:
-    """Values of the shares of attention by block."""
-    return {"curves": run.curves(memory_maps.share_curves(run.reading)), "texts": len(run.whole_blocks)}
-
-
-def _fam_drift(run: _Run) -> dict[str, Any]:
-    """Values of the size and the change of the FAM by block."""
-    return {"curves": run.curves(memory_maps.drift_curves(run.reading)), "texts": len(run.whole_blocks)}
+def _reading(curves: Callable[[memory_maps.Reading], dict[str, dict[str, Any]]]) -> Callable[[_Run], dict[str, Any]]:
+    """The analysis of a FAM whose values are these curves."""
+    return lambda run: {"curves": run.curves(curves(run.reading)), "texts": len(run.whole_blocks)}
 
 
 def _fam_rows(run: _Run) -> dict[str, Any]:
@@ -372,11 +369,12 @@ def _pruning(run: _Run) -> dict[str, Any]:
     return {"curves": [curve], "notes": [str(report) for report in found.reports]}
 
 
-_OF_FAM = ("attention", "fam-drift", "fam-rows")
+_OF_FAM = ("attention", "attention-layers", "fam-drift", "fam-rows")
 _OF_ROUTERS = ("routers", "depth-circuits", "semantic-circuits", "pruning")
 _ANALYSES = {
-    "attention": _attention,
-    "fam-drift": _fam_drift,
+    "attention": _reading(memory_maps.share_curves),
+    "attention-layers": _reading(memory_maps.layer_curves),
+    "fam-drift": _reading(memory_maps.drift_curves),
     "fam-rows": _fam_rows,
     "entropy": _entropy,
     "probes": _probes,

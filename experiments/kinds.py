@@ -66,6 +66,7 @@ KINDS = {
     ),
     "pruning": Kind("p", "loss", "share of each head's weight kept", "loss in nats per token", False, None, 4),
     "attention": Kind("block", "share", "block", "share of attention", False, None, 3, heat=True),
+    "attention-layers": Kind("layer", "share", "layer", "share of attention", False, (-0.03, 1.03), 3),
     "fam-rows": Kind("row", "share", "FAM row", "share", False, None, 3, heat=True),
     "fam-drift": Kind(
         "block",

@@ -8,6 +8,7 @@ answer is told then.
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -201,6 +202,30 @@ def share_curves(reading: Reading) -> dict[str, dict[str, Any]]:
         shares |= {f"FAM row {row + 1}, of the block": of_rows[layer, :, row] for row in range(of_rows.shape[2])}
         curves |= {f"layer {layer + 1}, {name}": {"block": blocks, "share": share} for name, share in shares.items()}
     return curves
+
+
+def layer_curves(reading: Reading) -> dict[str, dict[str, Any]]:
+    """Shares of attention by layer, means over texts, heads and all blocks but the first, whose FAM is a learned one.
+
+    A FAM row that looks at all tokens alike has a tenth of what it reads of a block from the tenth that it reads most.
+
+    Raises:
+        ValueError: The texts have one block.
+    """
+    if reading.token_past.shape[2] < 2:
+        raise ValueError("attention by layer needs texts of two blocks or more: the first has only the start of a FAM")
+    of_block = reading.fam_block[:, :, 1:]
+    most = np.sort(of_block, axis=-1)[..., -math.ceil(of_block.shape[-1] / 10) :].sum(-1)
+    shares = {
+        "tokens, of the FAM": reading.token_fam[:, :, 1:].sum(-1),
+        "tokens, of past blocks": reading.token_past[:, :, 1:],
+        "FAM rows, of the block": of_block.sum(-1),
+        "the tenth of its tokens that a row reads most": most / of_block.sum(-1),
+    }
+    if not reading.token_past.any():
+        del shares["tokens, of past blocks"]
+    layers = list(range(1, len(of_block) + 1))
+    return {name: {"layer": layers, "share": share.mean((1, 2, 3))} for name, share in shares.items()}
 
 
 def drift_curves(reading: Reading) -> dict[str, dict[str, Any]]:

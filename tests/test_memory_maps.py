@@ -39,6 +39,22 @@ def test_reads_of_and_at_places_are_plain_sums():
     np.testing.assert_allclose(memory_maps.reads_at_places(reading, places), at)
 
 
+def test_attention_by_layer_leaves_the_first_block_out_and_tells_how_few_tokens_rows_pick():
+    reading = reading_of(np.random.default_rng(1), n=3, c=20)
+    reading.fam_block[0] = 0.03  # all tokens alike
+    reading.fam_block[1] = 0
+    reading.fam_block[1, ..., [4, 11]] = 0.2  # two of twenty
+    for part in reading[:3]:
+        part[:, :, 0] = 9
+    curves = {name: curve["share"] for name, curve in memory_maps.layer_curves(reading).items()}
+    np.testing.assert_allclose(curves["FAM rows, of the block"], [0.6, 0.4])
+    np.testing.assert_allclose(curves["the tenth of its tokens that a row reads most"], [0.1, 1])
+    np.testing.assert_allclose(curves["tokens, of the FAM"], reading.token_fam[:, :, 1:].sum(-1).mean((1, 2, 3)))
+    np.testing.assert_allclose(curves["tokens, of past blocks"], reading.token_past[:, :, 1:].mean((1, 2, 3)))
+    with pytest.raises(ValueError, match="texts of two blocks or more"):
+        memory_maps.layer_curves(reading_of(np.random.default_rng(1), n=1))
+
+
 @pytest.mark.parametrize("depth", ["first", "uniform"])
 def test_the_key_is_told_twice_before_the_question(depth):
     data = dataclasses.replace(tiny_run.passkey_config().data, digits=3, depth=depth, filler="decoys")
@@ -126,6 +142,9 @@ def test_command_on_a_pass_key_model(tmp_path, monkeypatch, capsys):
     np.testing.assert_allclose(curves["layer 2, tokens, of the FAM"]["share"], want, rtol=1e-4)
     want = reading.fam_block[1, :, :, 0].sum(-1).mean(0)
     np.testing.assert_allclose(curves["layer 2, FAM row 1, of the block"]["share"], want, rtol=1e-4)
+    _, curves = result_of(tmp_path, config, "attention-layers", monkeypatch, *options)
+    want = reading.token_fam[:, :, 1:].sum(-1).mean((1, 2, 3))
+    np.testing.assert_allclose(curves["tokens, of the FAM"]["share"], want, rtol=1e-4)
     result, curves = result_of(tmp_path, config, "fam-drift", monkeypatch, *options)
     assert curves["layer 1"]["block"] == list(range(2, 12))
     np.testing.assert_allclose(curves["layer 2"]["change"], memory_maps.drift(reading.fam).change[1], rtol=1e-4)
