@@ -47,6 +47,9 @@ ACCOUNT = """## What did not come out as in the papers
   `cpu` size a run reads about a million bytes, once: everything that is learnt is short-range, seeds differ by as much,
   and whatever adds something to learn begins behind. What needs no learning, the fixed average of layers, is ahead. We
   take these rows for a check that nothing is broken; the `gpu` and `paper` sizes are to decide.
+- **Time** ([lime_time](#lime_time)). The paper's LIMe takes 1 to 2 % longer. In models this small mixing takes much of
+  a step on a CPU, so that at equal time no mixing is ahead; [speed](docs/speed.md) has larger ones. Deeper models gain
+  more ([lime_depth](#lime_depth)), as the paper says, here from 32 layers on.
 - **The rate of LIMe's routers** ([lime_router](#lime_router)). The paper found 1e-2 better than 1e-3, the rate of the
   rest. Small models on few tokens want 4e-3 for the rest, and ten times that is too much for routers: with the rate of
   the rest, or a tenth, LIMe is level with no mixing (1.718 and 1.720 against 1.716, three seeds), with ten times it is

@@ -14,6 +14,7 @@ from lime_jax import LimeConfig
 
 SIZES = ("cpu", "gpu", "paper")
 CORE = False
+VERDICT = "in part as in the paper: level at 8 and 16 layers, ahead at 32 (2.01 for 2.06) and 64 (2.01 for 2.03)"
 
 
 def arms(size: str) -> dict[str, TrainConfig]:
