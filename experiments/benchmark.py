@@ -1,10 +1,11 @@
-"""What models cost: `python -m experiments.benchmark memory`, `time` and `speed`.
+"""What models cost: `python -m experiments.benchmark memory`, `time`, `speed` and `parts`.
 
 `memory` and `time` are of mixing layers. `memory` compiles a gradient step at several depths and reads from the
 compiled program how much temporary memory it needs, per layer; it must not grow with depth. `time` runs training steps
 of models with and without mixing in turns, in one process, so that whatever else the machine does meets all of them.
 `speed` is of whole models, with any memory, schedule and attention: step time, tokens per second, share of the device's
-peak, memory, compile time (see `experiments.speed`). All write a result file and a plot.
+peak, memory, compile time (see `experiments.speed`). `parts` tells by the profiler where the time of a step goes (see
+`experiments.parts`). All write a result file and a plot.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from experiments import report, results, speed
+from experiments import parts, report, results, speed
 from experiments.command import run_command
 from experiments.typed import to_json
 from fam_jax import Decoder, DecoderConfig
@@ -213,19 +214,20 @@ Command = (
     Annotated[Options, tyro.conf.subcommand("memory", default=Options("memory"))]
     | Annotated[Options, tyro.conf.subcommand("time", default=Options("time"))]
     | Annotated[speed.Options, tyro.conf.subcommand("speed", description=speed.__doc__)]
+    | Annotated[parts.Options, tyro.conf.subcommand("parts", description=parts.__doc__)]
 )
 
 
 def main() -> int:
     """The command line; returns the exit code."""
     options: Any = tyro.cli(Command, prog="python -m experiments.benchmark", description=__doc__)  # type: ignore[call-overload]
-    whole = isinstance(options, speed.Options)
+    made = {speed.Options: speed, parts.Options: parts}.get(type(options))
     try:
-        result, file, figure = speed.run(options) if whole else run(options)
+        result, file, figure = made.run(options) if made else run(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(speed.table(result) if whole else report.table(result))
+    print(made.table(result) if made else report.table(result))
     print(f"\nwrote {file} and {figure}")
     return 0
 

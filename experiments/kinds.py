@@ -82,6 +82,7 @@ KINDS = {
     "kills": Kind("kill", "resumed", "kill", "step after which the next process went on", False, None, 0),
     "harness": Kind("step", "value", "training step", "score", False, None, 4),
     "speed": Kind("tokens", "tokens_per_second", "tokens of a text", "tokens per second", True, None, 0),
+    "parts": Kind("part", "milliseconds", "part", "milliseconds in its operations", False, None, 1, True, "name"),
     "reading": Kind("tokens", "tokens_per_second", "tokens read", "tokens per second", False, None, 1),
     "training": Kind("step", "loss", "training step", "loss in nats per token", False, None, 3),
 }

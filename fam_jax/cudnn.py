@@ -163,6 +163,7 @@ def _scale(q: Array) -> float:
     return float(q.shape[-1] ** -0.5)
 
 
+@jax.named_scope("attend")
 def attend_blocks(q: Array, own: Source, rows: list[Source], segments: list[Source], there: Array) -> Array:
     """What `fam_jax.ops.attend` gives of whole blocks.
 

@@ -74,6 +74,7 @@ def cap(logits: Array, limit: float | None) -> Array:
     return logits if limit is None else limit * jnp.tanh(logits / limit)
 
 
+@jax.named_scope("attend")  # parts of a program are found by these names, see `experiments.parts`
 def attend(q: Array, sources: list[Source], softcap: float | None = None) -> Array:
     """One softmax over all keys of all sources; grouped heads.
 
@@ -178,6 +179,7 @@ def product(equation: str, x: Array, weight: Array, factors: Mapping[str, Array]
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"silu": jax.nn.silu, "gelu": partial(jax.nn.gelu, approximate=True)}
 
 
+@jax.named_scope("feed_forward")
 def feed_forward(
     w_gate: Array, w_up: Array, w_down: Array, x: Array, lora: Mapping[str, Array], activation: str = "silu"
 ) -> Array:

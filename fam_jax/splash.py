@@ -49,6 +49,7 @@ def chosen(config: "DecoderConfig") -> bool:
     return True
 
 
+@jax.named_scope("attend")
 def attend_blocks(
     rules: ShardingRules,
     q: Array,

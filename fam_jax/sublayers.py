@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
@@ -109,6 +110,7 @@ class LayerStack(nn.Module):
         )
 
 
+@jax.named_scope("project")
 def project(
     config: DecoderConfig, mixer: Mixer, params: LayerParams, x: Array, depth: Depth
 ) -> tuple[Array, Array, Array, Depth]:
@@ -139,6 +141,7 @@ def project(
     return q, k, v, depth
 
 
+@jax.named_scope("project")
 def attention_output(config: DecoderConfig, params: LayerParams, attended: Array) -> Array:
     """What attention adds to the residual stream [..., d], from its result per head [..., h, k]."""
     y = product("...hk,hkd->...d", checkpoint_name(attended, ATTENDED), params.wo, params.lora, "wo")

@@ -57,6 +57,7 @@ class Depth:
         parts = jnp.take(parts, jnp.clip(place, 0, len(parts) - 1), axis=0)
         return jnp.where(readable, wide(parts), -jnp.inf)
 
+    @jax.named_scope("mix")
     def mix(self, equation: str, weights: Array) -> Array:
         """Weighted sum over the readable slots, accumulated in float32 at least.
 
@@ -91,6 +92,7 @@ def own_weights(weights: Array, number: Array | int) -> Array:
     return jax.lax.dynamic_index_in_dim(weights, number, keepdims=False)
 
 
+@jax.named_scope("mix")
 def contract(equation: str, weights: Array, slots: Array) -> Array:
     """Einsum of weights [j, ...] and slots [j, ..., slot] that accumulates in float32 at least."""
     return jnp.einsum(equation, weights, slots, preferred_element_type=jnp.promote_types(slots.dtype, jnp.float32))

@@ -164,12 +164,8 @@ def assert_close(got, wanted):
 
 
 FAST = {
-    ("FAM with LoRA", "fsdp_tp"),
-    ("FAM with LIMe", "fsdp"),
     ("FAM with LIMe", "fsdp_tp x sequence"),
     ("FAM, many segments", "sequence"),
-    ("static summaries, three seen", "fsdp_tp x sequence"),
-    ("FAM, splash", "fsdp_tp x sequence"),
 }
 
 
@@ -218,11 +214,11 @@ def test_sharded_is_single(name, layout, alone):
     ("name", "layout"),
     [
         ("FAM with LIMe", "fsdp"),
-        ("FAM, many segments", "tensor 4"),
         *(
             pytest.param(name, layout, marks=pytest.mark.slow)
             for name, layout in [
                 ("FAM, many segments", "dp"),
+                ("FAM, many segments", "tensor 4"),
                 ("FAM with LIMe", "dp x fsdp_tp"),
                 ("static summaries, three seen", "fsdp_tp"),
                 ("one layer with a FAM from a prefix", "dp"),
@@ -254,12 +250,14 @@ def test_short_calls_that_end_blocks(name, layout):
         assert_close(go(dataclasses.replace(model, sharding=PRESETS[rules])), wanted)
 
 
-@pytest.mark.parametrize("layout", ["fsdp", pytest.param("dp x fsdp_tp", marks=pytest.mark.slow)])
-def test_parts_of_a_batch_on_several_devices(layout):
+@pytest.mark.parametrize(
+    ("name", "layout"), [("BSWA", "fsdp"), pytest.param("FAM", "dp x fsdp_tp", marks=pytest.mark.slow)]
+)
+def test_parts_of_a_batch_on_several_devices(name, layout):
     """Metrics, the stream and the moments of two steps in parts, against one device and the whole batch."""
     data = TextData(mode="stream", batch_size=16, length=32, block_size=8)
     rules, shape = MESHES[layout]
-    model = dataclasses.replace(MODELS["FAM"], vocab_size=256, sharding=PRESETS[rules])
+    model = dataclasses.replace(MODELS[name], vocab_size=256, sharding=PRESETS[rules])
     found = []
     for mesh, parts in ((make_mesh(MeshConfig(), jax.devices()[:1]), 1), (make_mesh(shape), 2)):
         config = TrainConfig("parts", model, data, steps=2, accumulate=parts)

@@ -56,7 +56,7 @@ def read(config, mesh, lengths):
 
 
 @pytest.mark.parametrize(
-    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("BSWA", "FAM")), "FAM with LIMe"]
+    "name", ["FAM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("BSWA", "FAM with LIMe"))]
 )
 def test_states_and_rows_that_end_early(name):
     config = FAM if name == "FAM with LIMe" else MODELS[name]

@@ -149,6 +149,7 @@ def test_arms_differ_in_mixing_and_learning_rate_alone(size):
 
 
 def test_a_row_can_analyse_the_runs_of_another(options, compile_cache, monkeypatch):
+    options = dataclasses.replace(options, seeds=(0,))
     ablate.run("arithmetic", options)
     monkeypatch.setattr(lime_entropy, "arms", tiny_arms)
     monkeypatch.setattr(lime_entropy, "RUNS_OF", "arithmetic")

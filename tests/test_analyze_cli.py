@@ -63,7 +63,15 @@ def curves_of(result):
     return {curve["label"].split(", ", 1)[-1]: curve for curve in result.values["curves"]}
 
 
-@pytest.mark.parametrize("kind", ["text", "passkey", "arithmetic", "prosqa"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "text",
+        pytest.param("passkey", marks=pytest.mark.slow),
+        "arithmetic",
+        pytest.param("prosqa", marks=pytest.mark.slow),
+    ],
+)
 def test_entropy_of_any_checkpoint(kind, analysed, tmp_path):
     config = {
         "text": lambda: text_config(tmp_path, memory=None),

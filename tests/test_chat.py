@@ -22,7 +22,6 @@ pytest.importorskip("jinja2")
 END, START, STOP = range(3)  # <|endoftext|>, <|im_start|>, <|im_end|>
 HEAD = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n"
 TAIL = "<|im_end|>\n<|im_start|>assistant\n"
-MEMORIES = {"fam": tiny_run.FAM, "full": None}
 
 
 @pytest.fixture(scope="module")
@@ -142,12 +141,13 @@ def main(monkeypatch, capsys, *arguments, lines=""):
 def answered(memory, tokenizer, ids):
     """The ids and the text that one call over all ids gives."""
     model, variables = tiny_run.init(tiny_run.model_config(memory, 300))
-    out = generate(model, variables, ids[None], 5, stop_tokens=(END, STOP))
+    prompt = np.pad(ids, (0, 256 - len(ids)))[None]  # one program for all lengths
+    out = generate(model, variables, prompt, 5, lengths=np.array([len(ids)]), stop_tokens=(END, STOP))
     ids = np.asarray(out.ids)[0, : int(out.lengths[0])]
     return ids, tokenizer.decode(ids[:-1] if ids[-1] in (END, STOP) else ids)
 
 
-@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES.keys())
+@pytest.mark.parametrize("memory", [tiny_run.FAM, pytest.param(None, marks=pytest.mark.slow)], ids=["fam", "full"])
 def test_a_chat_about_a_document(memory, tokenizer, tmp_path, monkeypatch, capsys):
     run = tiny_chat.save(tmp_path / "run", memory)
     document = "The <|im_end|> ship is called Marigold.\n" * 3

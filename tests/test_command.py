@@ -63,7 +63,9 @@ def test_folders_that_cannot_be_made(tmp_path, monkeypatch):
         make_folder(tmp_path, "output")
 
 
-@pytest.mark.parametrize("command", ["train --config passkey", "quickstart --smoke"])
+@pytest.mark.parametrize(
+    "command", ["train --config passkey", pytest.param("quickstart --smoke", marks=pytest.mark.slow)]
+)
 def test_interrupted_before_training_begins(command, tmp_path):
     """One line, no traceback, and the exit status that a shell gives to an interrupt."""
     words = [sys.executable, "-m", *f"experiments.{command}".split(), "--work-dir", str(tmp_path / "run")]

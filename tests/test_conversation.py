@@ -10,7 +10,9 @@ from experiments.data.tokenizers import ByteTokenizer
 from fam_jax import generate
 
 BYTES = ByteTokenizer()
-MEMORIES = {"fam": tiny_run.FAM, "full": None}
+memories = pytest.mark.parametrize(
+    "memory", [tiny_run.FAM, pytest.param(None, marks=pytest.mark.slow)], ids=["fam", "full"]
+)
 CONTEXT = BYTES.encode("".join(chr(97 + i * i % 26) for i in range(45)))
 QUESTIONS = [BYTES.encode(text) for text in ("what?", "x", "a longer question than the chunk")]
 KEY = jax.random.key(3)
@@ -21,11 +23,13 @@ def reader(memory=tiny_run.FAM, **style):
 
 
 def at_once(memory, ids, new=6, **options):
+    """What follows one text; all are padded to the same length, for which one program is compiled."""
     model, variables = tiny_run.init(tiny_run.model_config(memory))
-    return np.asarray(generate(model, variables, ids[None], new, **options).ids)[0]
+    prompt = np.pad(ids, (0, 128 - len(ids)))[None]
+    return np.asarray(generate(model, variables, prompt, new, lengths=np.array([len(ids)]), **options).ids)[0]
 
 
-@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES.keys())
+@memories
 def test_questions_after_a_context_are_answered_as_if_each_were_alone(memory):
     reading = reader(memory)
     state, count = reading.read([CONTEXT[:7], CONTEXT[7:]])
@@ -36,7 +40,7 @@ def test_questions_after_a_context_are_answered_as_if_each_were_alone(memory):
         assert answer.prompt_tokens == len(question)
 
 
-@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES.keys())
+@memories
 def test_a_conversation_is_one_text(memory):
     reading = reader(memory)
     text, state = np.zeros(0, np.int32), None

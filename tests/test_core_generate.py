@@ -50,7 +50,9 @@ def forced(config, texts, starts):
     return [np.argmax(logits[r, starts[r] - 1 : len(text) - 1], axis=-1) for r, text in enumerate(texts)]
 
 
-@pytest.mark.parametrize("config", [CONFIG, BLOCK, FULL], ids=["layer", "block", "full"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, pytest.param(BLOCK, marks=pytest.mark.slow), FULL], ids=["layer", "block", "full"]
+)
 def test_greedy_equals_teacher_forcing_by_argmax(config):
     """Every generated id is the argmax of one call over all before it, for rows of different lengths."""
     model, variables = setup(config)

@@ -95,7 +95,7 @@ def test_memory_is_that_of_one_block():
     assert whole[1] > 5 * whole[0]
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_decoder_gives_losses_for_targets(tied):
     config = dataclasses.replace(presets.tiny(), tie_embeddings=tied)
     model = Decoder(config)

@@ -84,7 +84,7 @@ CASES = {
 }
 
 
-@mostly_slow(CASES, fast=("fam, absolute, pinned, old, in training", "fam, all that pretrained models have", "bswa"))
+@mostly_slow(CASES, fast=("fam, absolute, pinned, old, in training", "bswa"))
 def test_layer_and_block_schedule_agree_in_values_and_gradients(name, x64):
     config = CASES[name]
     layer = values_and_gradients(dataclasses.replace(config, schedule="layer"))
@@ -103,7 +103,7 @@ OTHERS = {
 }
 
 
-@mostly_slow(CASES | OTHERS, fast=("fam, absolute, pinned, old, in training", "fam in some layers"))
+@mostly_slow(CASES | OTHERS, fast=("fam, absolute, pinned, old, in training",))
 def test_wavefront_agrees_in_values_and_gradients(name, x64):
     config = (CASES | OTHERS)[name]
     layer = values_and_gradients(config)
@@ -121,12 +121,17 @@ def test_wavefront_has_a_step_for_every_diagonal(blocks, x64):
     assert loops == {4, 1, *([blocks + 3] if blocks > 1 else [])}
 
 
+@functools.cache
 def initial(config):
     """The parameters that training starts from; the same for both schedules."""
-    return quick_jit(Decoder(dataclasses.replace(config, schedule="layer")).init)(jax.random.key(1), TOKENS)["params"]
+    if config.schedule != "layer":
+        return initial(dataclasses.replace(config, schedule="layer"))
+    return quick_jit(Decoder(config).init)(jax.random.key(1), TOKENS[:, :1])["params"]
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [pytest.param("float32", 1e-5, marks=pytest.mark.slow), ("bfloat16", 2e-2)]
+)
 @pytest.mark.parametrize(
     "name", ["fam", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fam, two segments, stopped", "bswa"))]
 )
@@ -141,7 +146,11 @@ def test_schedules_agree_in_lower_precision(name, dtype, bound):
 
 @pytest.mark.parametrize(
     ("schedule", "change"),
-    [("layer", {"scan_layers": False}), ("block", {"remat": "full"}), ("layer", {"remat": "full"})],
+    [
+        ("layer", {"scan_layers": False}),
+        pytest.param("block", {"remat": "full"}, marks=pytest.mark.slow),
+        pytest.param("layer", {"remat": "full"}, marks=pytest.mark.slow),
+    ],
     ids=["layer-unrolled", "block-remat", "layer-remat"],
 )
 def test_unrolled_layers_and_remat_change_nothing(schedule, change, x64):
@@ -212,7 +221,7 @@ def test_fam_adds_the_prompt_and_nothing_else():
         assert count(fam) - count(plain) == N * fam.d_model
 
 
-@pytest.mark.parametrize(("tied", "parallel"), [(True, False), (False, False), (True, True)])
+@pytest.mark.parametrize(("tied", "parallel"), [(True, False), (False, True)])
 def test_parameter_tree(tied, parallel):
     config = fam_config(tie_embeddings=tied, parallel_block=parallel, dtype="float32", param_dtype="float32")
     layers, d, h, g, k, f = (

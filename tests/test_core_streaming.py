@@ -13,6 +13,7 @@ from reference import (
     decoder_config,
     fam_config,
     fam_decoder,
+    mostly_slow,
     params_of,
     quick_jit,
     runner,
@@ -24,6 +25,7 @@ from fam_jax import Decoder, StreamState
 T = 6 * B
 LONG = some_tokens(2, T, seed=4)
 SCHEDULES = ("layer", "block")
+layer_schedule = pytest.mark.parametrize("schedule", ["layer", pytest.param("block", marks=pytest.mark.slow)])
 F32 = dict(dtype="float32", param_dtype="float32")
 
 
@@ -74,7 +76,7 @@ STREAMED = {
 }
 
 
-@pytest.mark.parametrize("name", STREAMED)
+@mostly_slow(STREAMED, fast=("fam, absolute, zero, two segments", "fam, all that pretrained models have"))
 def test_splits_equal_one_call(name, x64):
     """Token by token, and by calls shorter and longer than a block that end in an open block: logits and state."""
     config = STREAMED[name]
@@ -86,7 +88,14 @@ def test_splits_equal_one_call(name, x64):
         assert_trees_close(readable(state), readable(whole.state), 1e-10)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        pytest.param("float64", 1e-10, marks=pytest.mark.slow),
+        pytest.param("float32", 1e-5, marks=pytest.mark.slow),
+        ("bfloat16", 2e-2),
+    ],
+)
 def test_token_by_token_equals_one_call_in_every_precision(dtype, tolerance):
     """With the default FAM, and the model's own initial weights: larger ones amplify rounding."""
     with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
@@ -100,9 +109,9 @@ def test_token_by_token_equals_one_call_in_every_precision(dtype, tolerance):
         assert_trees_close(readable(state), readable(whole.state), tolerance)
 
 
-@pytest.mark.parametrize(("schedule", "count"), [("layer", 1000), ("block", 100)])
+@pytest.mark.parametrize(("schedule", "count"), [("layer", 300), pytest.param("block", 100, marks=pytest.mark.slow)])
 def test_random_splits_compile_once_per_length(schedule, count):
-    """The offset inside the open block is data: 1,000 splits of a text, one compilation per length of a call."""
+    """The offset inside the open block is data: hundreds of splits of a text, one compilation per length of a call."""
     config = fam_config(schedule=schedule, **F32)
     model, length, longest = Decoder(config), 4 * B + 2, B + 2
     traces = []
@@ -219,7 +228,7 @@ def test_padding_is_never_read(x64):
         jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@layer_schedule
 def test_a_reset_row_is_a_fresh_start_exactly(schedule, x64):
     """Bit-equal logits and state whatever was read before, in earlier calls and in the same call."""
     config = fam_config({"segments": 2}, schedule=schedule, tie_embeddings=False)
@@ -241,7 +250,7 @@ def test_a_reset_row_is_a_fresh_start_exactly(schedule, x64):
     assert np.all(np.any(np.asarray(one[1, B:]) != np.asarray(two[1, B:]), axis=-1))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@layer_schedule
 def test_no_gradient_crosses_a_reset(schedule, x64):
     config = fam_config({"segments": 2}, schedule=schedule, tie_embeddings=False)
     params, model = params_of(config), Decoder(config)
@@ -267,7 +276,7 @@ def test_no_gradient_crosses_a_reset(schedule, x64):
     assert np.any(by_state["fam"] != 0)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@layer_schedule
 def test_aligned_is_only_a_promise(schedule, x64):
     """Whole blocks fed with aligned=True give what they give without, resets and a ragged end included."""
     config = fam_config(schedule=schedule)
@@ -286,19 +295,20 @@ def test_aligned_is_only_a_promise(schedule, x64):
 # ----------------------------------------------------------------------------------------- length and history
 
 
-def test_the_same_contents_after_any_history_give_the_same_bits():
+@layer_schedule
+def test_the_same_contents_after_any_history_give_the_same_bits(schedule):
     """10, 10^4 and 10^6 tokens of history, same contents: only counters differ, no bit of a logit."""
-    for config in (fam_config(**F32), fam_config(schedule="block", **F32)):
-        params, run = params_of(config), runner(config)
-        state = run(params, LONG[:, :10]).state
-        outs = []
-        for history in (10, 10_000 + 2, 1_000_000 + 2):
-            assert history % B == 10 % B
-            outs.append(run(params, LONG[:, 10:17], state=state.replace(blocks=jnp.full(2, history // B, jnp.int32))))
-        for out in outs[1:]:
-            np.testing.assert_array_equal(out.logits, outs[0].logits)
-            np.testing.assert_array_equal(out.state.fam, outs[0].state.fam)
-        assert int(outs[2].state.blocks[0]) == 1_000_000 // B + 2
+    config = fam_config(schedule=schedule, **F32)
+    params, run = params_of(config), runner(config)
+    state = run(params, LONG[:, :10]).state
+    outs = []
+    for history in (10, 10_000 + 2, 1_000_000 + 2):
+        assert history % B == 10 % B
+        outs.append(run(params, LONG[:, 10:17], state=state.replace(blocks=jnp.full(2, history // B, jnp.int32))))
+    for out in outs[1:]:
+        np.testing.assert_array_equal(out.logits, outs[0].logits)
+        np.testing.assert_array_equal(out.state.fam, outs[0].state.fam)
+    assert int(outs[2].state.blocks[0]) == 1_000_000 // B + 2
 
 
 # --------------------------------------------------------------------------------------- the state as a value
@@ -330,7 +340,9 @@ def test_the_state_survives_saving(x64):
             np.testing.assert_array_equal(run(params, LONG[:, B + 1 : B + 4], state=copy).logits, want)
 
 
-@pytest.mark.parametrize(("schedule", "split"), [("layer", B + 2), ("block", 2 * B)])
+@pytest.mark.parametrize(
+    ("schedule", "split"), [("layer", B + 2), pytest.param("block", 2 * B, marks=pytest.mark.slow)]
+)
 def test_gradients_flow_through_a_passed_state(schedule, split, x64):
     """The gradient of two calls, split inside a block or at its edge, is the gradient of one."""
     config = fam_config(schedule=schedule, tie_embeddings=False)

@@ -11,6 +11,7 @@ from reference import B, N, assert_close, fam_config, fam_decoder, params_of, qu
 from fam_jax import Decoder, RSPState
 
 SCHEDULES = ("layer", "block")
+layer_schedule = pytest.mark.parametrize("schedule", ["layer", pytest.param("block", marks=pytest.mark.slow)])
 TEXT = some_tokens(2, 3 * B + 1, seed=1)
 KEY = jax.random.key(3)
 
@@ -33,7 +34,9 @@ def both(memory, **changes):
 # --------------------------------------------------------------------------------------- Random State Passing
 
 
-@pytest.mark.parametrize(("schedule", "parallel"), [("layer", False), ("block", True)])
+@pytest.mark.parametrize(
+    ("schedule", "parallel"), [("layer", False), pytest.param("block", True, marks=pytest.mark.slow)]
+)
 def test_rsp_one_starts_every_row_from_the_stored_state(schedule, parallel, x64):
     """With an ordinary residual in the first update, unlike a fresh start, and with empty segments."""
     config = fam_config({"rsp": 1.0}, schedule=schedule, parallel_block=parallel)
@@ -82,7 +85,7 @@ def test_rsp_draws_for_every_row(x64):
     assert any(drawn[0] != np.array([np.allclose(row, passed, atol=1e-9) for row in other]))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@layer_schedule
 def test_rsp_draws_only_where_a_document_starts(schedule, x64):
     """A row that goes on keeps its state; one that is reset, now or later in a call, takes the stored one."""
     config = fam_config({"rsp": 1.0}, schedule=schedule)
@@ -126,7 +129,7 @@ def test_no_gradient_enters_the_stored_state_and_none_reaches_an_unused_prompt(x
     assert np.any(by_params["fam_prompt"] != 0)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@layer_schedule
 def test_what_rsp_stores(schedule, x64):
     """Row 0 after its last complete block without padding; what was stored stays when there is none."""
     config = fam_config({"rsp": 0.5}, schedule=schedule)
@@ -184,7 +187,11 @@ def test_rpo_does_nothing_where_everything_moves_with_the_offset(x64):
     assert_close(runner(config)(params, rows, key=KEY).logits, want, 1e-8)
 
 
-@pytest.mark.parametrize("memory", [{"fam_positions": "zero"}, {"prompt_positions": "pinned"}], ids=["zero", "pinned"])
+@pytest.mark.parametrize(
+    "memory",
+    [{"fam_positions": "zero"}, pytest.param({"prompt_positions": "pinned"}, marks=pytest.mark.slow)],
+    ids=["zero", "pinned"],
+)
 def test_rpo_matters_where_fam_does_not_move(memory, x64):
     """About half of the rows are offset, each by an amount of its own; both schedules draw the same."""
     configs = both({"positions": "absolute", "rpo": True, **memory})

@@ -14,6 +14,7 @@ from reference import (
     assert_trees_close,
     decoder_config,
     fam_config,
+    mostly_slow,
     params_of,
     quick_jit,
     runner,
@@ -120,10 +121,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name in ("full", "bswa", "fam") else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
-)
+@mostly_slow(CASES, fast=("full", "fam"))
 def test_two_sets_of_keys_give_the_values_and_gradients_of_one(name, plain_kernels, monkeypatch):
     config = CASES[name]
     want = everything(config, monkeypatch, fused=False)

@@ -65,7 +65,9 @@ def digit_model(memory=tiny_run.FAM):
     return model, {"params": params}
 
 
-@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES.keys())
+@pytest.mark.parametrize(
+    "memory", [tiny_run.FAM, pytest.param(tiny_run.BSWA, marks=pytest.mark.slow), None], ids=["fam", "bswa", "full"]
+)
 def test_loss_by_position_is_that_of_single_calls(memory):
     model, variables = tiny_run.init(tiny_run.model_config(memory, 8))
     documents = texts(50, 1, 83, 16, 0, 17, 2, vocab=8)
@@ -109,7 +111,7 @@ def test_one_program_serves_all_lengths():
     assert measures._read._cache_size() == before + 2  # one per model
 
 
-@pytest.mark.parametrize("memory", [tiny_run.FAM, None], ids=["fam", "full"])
+@pytest.mark.parametrize("memory", [tiny_run.FAM, pytest.param(None, marks=pytest.mark.slow)], ids=["fam", "full"])
 def test_recall_accuracy_is_that_of_single_calls(memory):
     """All digits must be the most likely ones, which is when greedy decoding writes them."""
     model, variables = digit_model(memory)

@@ -1,5 +1,6 @@
 """The page of all comparisons."""
 
+import dataclasses
 import re
 
 import test_ablate
@@ -23,10 +24,10 @@ def test_every_row_has_its_claim_and_what_is_measured(options, compile_cache, mo
     text = evidence.page(options.output)
     assert all(f"[{name}](#{name})" in text and f"\n## {name}\n" in text for name in modules(ablations))
     assert "Size `cpu`" not in text
-    ablate.run("arithmetic", options)
+    ablate.run("arithmetic", dataclasses.replace(options, arms=("LIMe",)))
     text = evidence.page(options.output)
     assert text.count("Size `cpu`") == 1
-    assert "| cpu 4 of 6" in text
+    assert "| cpu 2 of 6" in text
     assert "LIMe, level 2 (2 seeds)" in text
     assert "    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m experiments.ablate arithmetic --size cpu\n" in text
 

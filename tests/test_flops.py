@@ -139,8 +139,7 @@ MIXINGS = {
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize("parallel_block", [False, True])
-@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(("parallel_block", "num_kv_heads"), [(False, 1), (True, 2), (False, 4)])
 def test_formula_is_the_count_of_the_decoder(memory, parallel_block, num_kv_heads):
     config = dataclasses.replace(
         presets.tiny(), memory=MEMORIES[memory], parallel_block=parallel_block, num_kv_heads=num_kv_heads

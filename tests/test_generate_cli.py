@@ -56,7 +56,7 @@ def test_pieces_of_a_long_file_stay_small(tmp_path):
     assert max(lengths) <= 2000
 
 
-@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES.keys())
+@pytest.mark.parametrize("memory", [tiny_run.FAM, pytest.param(None, marks=pytest.mark.slow)], ids=["fam", "full"])
 def test_a_streamed_prompt_is_continued_like_one_call(memory):
     model, variables = tiny_run.init(tiny_run.model_config(memory))
     text = "".join(chr(97 + i * i % 26) for i in range(61))

@@ -255,7 +255,12 @@ def test_what_is_no_program():
 
 @pytest.mark.parametrize(
     ("mixing", "remat"),
-    [(None, "full"), (LimeConfig(), "none"), *((LimeConfig(backward=way), "none") for way in ("push", "pull"))],
+    [
+        (None, "full"),
+        pytest.param(LimeConfig(), "none", marks=pytest.mark.slow),
+        pytest.param(LimeConfig(backward="push"), "none", marks=pytest.mark.slow),
+        (LimeConfig(backward="pull"), "none"),
+    ],
 )
 def test_the_fam_scan_is_found_in_both_passes(mixing, remat):
     """It is what lies in the loop over layers and runs once a block, however the gradient is had."""

@@ -32,10 +32,12 @@ def x64():
 @pytest.mark.parametrize(
     ("mixing", "memory"),
     [
-        *((None, memory) for memory in MEMORIES),
-        *((mixing, "fam") for mixing in (STATIC["static_kv"], DYNAMIC["dynamic_views"])),
+        *((None, memory) for memory in ("full", "fam", "variants")),
+        *(pytest.param(None, memory, marks=pytest.mark.slow) for memory in ("bswa", "summary")),
+        (DYNAMIC["dynamic_views"], "fam"),
+        pytest.param(STATIC["static_kv"], "fam", marks=pytest.mark.slow),
+        pytest.param(LimeConfig(backward="pull"), "fam", marks=pytest.mark.slow),
         (LimeConfig(backward="push"), "bswa"),
-        (LimeConfig(backward="pull"), "fam"),
         (HyperConnectionsConfig(), "bswa"),
         (AttentionResidualsConfig(), "bswa"),
         (DenseFormerConfig(), "full"),

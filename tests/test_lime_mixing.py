@@ -67,7 +67,11 @@ TOKENS = some_tokens(2, 3 * B + 1, seed=2)
 everywhere = pytest.mark.parametrize("name", MIXERS)
 # Of keys and values, what layers read, their outputs, and streams one is always tested, the others are slow.
 ONE_OF_EACH = ("static_kv", "dynamic_views", "Attention Residuals", "Hyper-Connections")
-one_of_each = mostly_slow(MIXERS, fast=ONE_OF_EACH)
+
+
+def one_of_each(*what, names=MIXERS):
+    """Parameters of a test, one set for each name."""
+    return [pytest.param(*what, name, marks=[] if name in ONE_OF_EACH else pytest.mark.slow) for name in names]
 
 
 @pytest.fixture
@@ -88,8 +92,13 @@ def initial_params(config):
     return quick_jit(Decoder(config).init)(jax.random.key(0), TOKENS[:, :1])["params"]
 
 
-@pytest.mark.parametrize("name", {**MIXERS, **VARIANTS})
-@pytest.mark.parametrize("shape", ["serial", "parallel, QK-norm"])
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [
+        *(("serial", name) for name in {**MIXERS, **VARIANTS}),
+        *one_of_each("parallel, QK-norm", names={**MIXERS, **VARIANTS}),
+    ],
+)
 def test_against_plain_loops(name, shape, x64):
     changes = {"parallel_block": True, "qk_norm": True, "tie_embeddings": False} if shape != "serial" else {}
     config = full({**MIXERS, **VARIANTS}[name], **changes)
@@ -110,7 +119,7 @@ def values_and_gradients(config):
     return quick_jit(jax.value_and_grad(loss, has_aux=True))(params_of(config))
 
 
-@mostly_slow(MIXERS, fast=("static_kv", "Hyper-Connections"))
+@mostly_slow(MIXERS, fast=("static_kv",))
 def test_orders_agree_in_values_and_gradients(name, x64):
     """The layer schedule with scanned layers, the block schedule with unrolled ones, on one parameter tree."""
     config = fam(MIXERS[name])
@@ -119,14 +128,15 @@ def test_orders_agree_in_values_and_gradients(name, x64):
     assert_trees_close(two, one, 1e-10)
 
 
-@mostly_slow(MIXERS, fast=("static_kv", "Hyper-Connections"))
+@mostly_slow(MIXERS, fast=("static_kv",))
 def test_wavefront_agrees_in_values_and_gradients(name, x64):
     config = fam(MIXERS[name])
     two = values_and_gradients(dataclasses.replace(config, schedule="wavefront"))
     assert_trees_close(two, values_and_gradients(config), 1e-10)
 
 
-@mostly_slow(["dynamic_kv", "dynamic_views", "Attention Residuals", "Hyper-Connections"], fast=("dynamic_kv",))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dynamic_kv", "dynamic_views", "Attention Residuals", "Hyper-Connections"])
 def test_orders_agree_in_parallel_blocks(name, x64):
     config = fam(MIXERS[name], parallel_block=True, schedule="block")
     one = values_and_gradients(config)
@@ -137,10 +147,10 @@ def test_orders_agree_in_parallel_blocks(name, x64):
 @pytest.mark.parametrize(
     ("backward", "remat"),
     [
-        ("push", "full"),
+        ("push", "none"),
         ("rebuild", "none"),
         ("pull", "none"),
-        pytest.param("push", "none", marks=pytest.mark.slow),
+        pytest.param("push", "full", marks=pytest.mark.slow),
         pytest.param("pull", "full", marks=pytest.mark.slow),
         pytest.param("rebuild", "full", marks=pytest.mark.slow),
     ],
@@ -151,7 +161,8 @@ def test_ways_to_the_gradient_agree(backward, remat, x64):
     assert_trees_close(values_and_gradients(other), values_and_gradients(config), 1e-10)
 
 
-@mostly_slow(["same head", "separate", "separate, same head, first", "average, last", "last"], fast=("separate",))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["same head", "separate", "separate, same head, first", "average, last", "last"])
 def test_what_is_pulled_is_what_is_read(name, x64):
     config = fam(VARIANTS[name], num_kv_heads=2)
     other = dataclasses.replace(config, mixing=dataclasses.replace(VARIANTS[name], backward="pull"))
@@ -205,7 +216,7 @@ def dead_weights(mixing):
     return {name: np.broadcast_to(where[name], leaf.shape) for name, leaf in wanted.items()}
 
 
-@mostly_slow(WITH_DEAD_WEIGHTS, fast=("static_kv", "dynamic_hidden", "dynamic_views"))
+@mostly_slow(WITH_DEAD_WEIGHTS, fast=("static_kv",))
 def test_what_no_layer_reads_is_zero(name):
     """Initial parameters, gradients and optimiser moments of weights for later layers, in the padded layout."""
     config = dataclasses.replace(fam(MIXERS[name]), dtype="float32", param_dtype="float32")
@@ -233,9 +244,7 @@ def test_what_no_layer_reads_is_zero(name):
             assert not np.any(np.asarray(leaf)[dead[name]]), jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize(
-    "name", ["static_kv", "dynamic_kv", "static_hidden", "dynamic_hidden", "dynamic_views", "DenseFormer"]
-)
+@mostly_slow(WITH_DEAD_WEIGHTS, fast=("static_kv", "dynamic_views"))
 def test_later_layers_are_not_read(name, x64):
     """Garbage where no weight belongs changes nothing."""
     config = fam(MIXERS[name])
@@ -247,8 +256,7 @@ def test_later_layers_are_not_read(name, x64):
     np.testing.assert_array_equal(runner(config)(params, TOKENS).logits, want)
 
 
-@everywhere
-@pytest.mark.parametrize("kind", ["fam", "bswa", "full"])
+@pytest.mark.parametrize(("kind", "name"), [*one_of_each("fam"), *one_of_each("bswa"), *one_of_each("full")])
 def test_no_token_reads_a_later_one(name, kind, x64):
     config = {"fam": fam, "bswa": lambda m: decoder_config({"segments": 1}, num_layers=LAYERS, mixing=m), "full": full}
     config = config[kind](MIXERS[name])
@@ -262,7 +270,7 @@ def test_no_token_reads_a_later_one(name, kind, x64):
         assert np.any(got[:, place] != want[:, place])
 
 
-@one_of_each
+@mostly_slow(MIXERS, fast=("static_kv", "Hyper-Connections"))
 def test_splits_equal_one_call(name, x64):
     config = fam(MIXERS[name])
     want = runner(config)(params_of(config), TOKENS)
@@ -276,7 +284,7 @@ def test_splits_equal_one_call(name, x64):
     assert_trees_close(state, want.state, 1e-10)
 
 
-@one_of_each
+@mostly_slow(MIXERS, fast=("dynamic_views",))
 def test_generation_reads_what_was_generated(name):
     config = dataclasses.replace(fam(MIXERS[name]), dtype="float32", param_dtype="float32")
     variables = {"params": jax.tree.map(jnp.asarray, params_of(config))}
@@ -296,7 +304,7 @@ def test_the_state_is_as_large_as_without(name, memory, x64):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), one) == jax.tree.map(lambda x: (x.shape, x.dtype), two)
 
 
-@one_of_each
+@mostly_slow(MIXERS, fast=("static_kv",))
 def test_bfloat16_is_near(name):
     exact = fam(MIXERS[name], tie_embeddings=False)
     exact = dataclasses.replace(exact, dtype="float32", param_dtype="float32")
@@ -314,8 +322,10 @@ def test_other_weights_keep_their_paths(name, x64):
     assert jax.tree.map(jnp.shape, mixed) == jax.tree.map(jnp.shape, plain)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float64", 1e-12)])
-@pytest.mark.parametrize("router", ["static_kv", "dynamic_kv"])
+@pytest.mark.parametrize(
+    ("router", "dtype", "tolerance"),
+    [("static_kv", "float32", 1e-6), pytest.param("dynamic_kv", "float64", 1e-12, marks=pytest.mark.slow)],
+)
 def test_identity_router_is_the_model_without_mixing(router, dtype, tolerance):
     with jax.enable_x64(dtype == "float64"):
         types = {"dtype": dtype, "param_dtype": dtype}

@@ -137,7 +137,7 @@ def test_a_layer_reads_only_live_slots():
     assert np.all(np.any(gradient[:4] != 0, axis=(1, 2)))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adafactor", marks=pytest.mark.slow)])
 def test_routers_learn_faster_and_decay_only_if_told(optimizer):
     config = decoder_config(mixing=LimeConfig("dynamic_kv"), dtype="float32", param_dtype="float32")
     params = jax.tree.map(jnp.asarray, params_of(config))

@@ -16,18 +16,19 @@ from reference import (
     decoder_config,
     fam_config,
     model_shapes,
+    mostly_slow,
     params_of,
     quick_jit,
     runner,
     some_tokens,
 )
-from train_helpers import assert_same_bits, metric_rows, restore, tiny, with_model
+from train_helpers import assert_same_bits, first_state, metric_rows, restore, tiny, with_model
 
 from experiments import flops
 from experiments.checkpoint import load_model
 from experiments.config import check
 from experiments.optim import OptimConfig, make_optimizer
-from experiments.step import create_state, make_eval_step, make_train_step, means
+from experiments.step import make_eval_step, make_train_step, means
 from experiments.train import train
 from fam_jax import Decoder, DecoderConfig, LoraConfig, MemoryConfig, presets
 from fam_jax.lora import effective, merge, sides, unmerge
@@ -91,7 +92,7 @@ def test_it_starts_at_the_base_model_exactly(name):
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@mostly_slow(MODELS, fast=("full attention", "FAM", "FAM, biases, norms after", "FAM, some targets"))
 def test_merged_is_unmerged(name):
     """In float32, and read in pieces."""
     config = adapted(name, dtype="float32", param_dtype="float32")
@@ -134,11 +135,11 @@ def values_and_gradients(config):
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("FAM", {"schedule": "block"}),
+        pytest.param("FAM", {"schedule": "block"}, marks=pytest.mark.slow),
         pytest.param("FAM", {"scan_layers": False}, marks=pytest.mark.slow),
         pytest.param("FAM", {"remat": "dots"}, marks=pytest.mark.slow),
-        pytest.param("FAM with LIMe", {"schedule": "block"}, marks=pytest.mark.slow),
-        ("FAM with LIMe", {"scan_layers": False}),
+        ("FAM with LIMe", {"schedule": "block", "scan_layers": False}),
+        pytest.param("FAM with LIMe", {"scan_layers": False}, marks=pytest.mark.slow),
         pytest.param("FAM with views of every head", {"scan_layers": False}, marks=pytest.mark.slow),
     ],
 )
@@ -241,8 +242,14 @@ def batches(config, count):
 @pytest.mark.parametrize(
     ("optimizer", "model", "settings", "trained"),
     [
-        ("adamw", {}, {}, {"lora", "fam_prompt"}),
-        ("adafactor", {"memory": MemoryConfig(block_size=8)}, {"accumulate": 2}, {"lora"}),
+        pytest.param("adamw", {}, {}, {"lora", "fam_prompt"}, marks=pytest.mark.slow),
+        pytest.param(
+            "adafactor",
+            {"memory": MemoryConfig(block_size=8)},
+            {"accumulate": 2},
+            {"lora"},
+            marks=pytest.mark.slow,
+        ),
         ("adamw", {"mixing": LimeConfig()}, {}, {"lora", "fam_prompt"}),
         ("adafactor", {"mixing": LimeConfig()}, {"train_mixing": True}, {"lora", "fam_prompt", "mixing"}),
     ],
@@ -252,7 +259,7 @@ def test_only_what_shall_be_is_trained(tmp_path, optimizer, model, settings, tra
     optim = OptimConfig(optimizer=optimizer, learning_rate=1e-2, weight_decay=0.1, schedule="constant")
     config = lora_run(tmp_path, mode="packed", model=model, optim=optim, **settings)
     decoder, (optimiser, schedule) = Decoder(config.model), make_optimizer(config.optim, config.steps)
-    state = create_state(config, decoder, optimiser)
+    state = first_state(config, decoder, optimiser)
     # The optimiser knows of nothing else.
     known = set()
     for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state):
@@ -281,7 +288,7 @@ def test_dropout_is_in_training_steps_alone(tmp_path):
     for dropout in (0.0, 0.5):
         config = with_model(base, lora=LoraConfig(rank=2, dropout=dropout))
         model, (optimizer, schedule) = Decoder(config.model), make_optimizer(config.optim, config.steps)
-        state = create_state(config, model, optimizer)
+        state = first_state(config, model, optimizer)
         state = dataclasses.replace(state, params=jax.tree.map(lambda leaf: leaf + 0.1, state.params))
         sums, _ = make_eval_step(model)(state.params, batch, None)
         _, metrics = make_train_step(config, model, optimizer, schedule)(state, batch)
@@ -291,9 +298,8 @@ def test_dropout_is_in_training_steps_alone(tmp_path):
 
 
 @pytest.mark.usefixtures("compile_cache")
-def test_a_trained_model_is_given_fam_and_goes_on_bit_for_bit(tmp_path, capsys):
-    optim = OptimConfig(schedule="constant")
-    bswa = with_model(tiny(tmp_path, "bswa", steps=2, optim=optim), memory=MemoryConfig(block_size=8))
+def test_a_model_is_given_fam_and_goes_on_bit_for_bit(tmp_path, capsys):
+    bswa = with_model(tiny(tmp_path, "bswa", steps=0, seed=1), memory=MemoryConfig(block_size=8))
     before = train(bswa, progress=False).state.params
     straight, parts = (lora_run(tmp_path, name, init_from=str(tmp_path / "bswa")) for name in ("straight", "parts"))
     done = train(straight)
@@ -312,8 +318,8 @@ def test_a_trained_model_is_given_fam_and_goes_on_bit_for_bit(tmp_path, capsys):
     assert (model.config, run) == (dataclasses.replace(straight.model, lora=None), straight)
     assert "lora" not in variables["params"]
     text = some_tokens(1, 20)
-    want = Decoder(straight.model).apply({"params": done.state.params}, text).logits
-    assert_close(model.apply(variables, text).logits, want, 1e-5)
+    want = runner(straight.model)(done.state.params, text).logits
+    assert_close(runner(model.config)(variables["params"], text).logits, want, 1e-5)
 
 
 def test_mixing_trains_with_lora_only(tmp_path):

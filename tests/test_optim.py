@@ -74,7 +74,7 @@ def test_every_parameter_is_decayed_or_not():
         decay_mask({"layers": {"router": 0}})
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adafactor", marks=pytest.mark.slow)])
 def test_weight_decay_shrinks_matrices_only(optimizer):
     config = OptimConfig(optimizer=optimizer, learning_rate=0.1, schedule="constant", weight_decay=0.5, clip_norm=None)
     tx, _ = make_optimizer(config, 10)

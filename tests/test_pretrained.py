@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import assert_close, assert_trees_close, quick_jit
+from reference import assert_close, assert_trees_close, mostly_slow, quick_jit
 
 from fam_jax import Decoder, DecoderConfig, MemoryConfig, make_mesh, pretrained
 from fam_jax.rope import RopeScaling
@@ -189,7 +189,7 @@ def test_lime_that_starts_at_zero_is_the_pretrained_model(tmp_path):
     np.testing.assert_array_equal(our_logits(mixed, more), our_logits(config, params))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3"])
+@mostly_slow(["llama", "gemma2", "gemma3"], fast=("gemma2",))
 def test_a_window_that_covers_the_text_is_full_attention(name):
     config, params = FAMILIES[name], random_model(FAMILIES[name])
     bswa = dataclasses.replace(config, memory=MemoryConfig(block_size=4, segments=5))

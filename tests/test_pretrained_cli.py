@@ -18,7 +18,7 @@ from experiments.checkpoint import load_model
 from experiments.conversation import continue_text
 from experiments.data import DataError
 from experiments.generate import tokenizer_of
-from experiments.pretrained import import_model, weights_of
+from experiments.pretrained import import_model, main, weights_of
 from fam_jax import MemoryConfig, presets, pretrained
 from fam_jax.pretrained.families import hugging_face_config
 from fam_jax.pretrained.weights import weights
@@ -187,11 +187,11 @@ def test_commands_there_and_back(imported, tmp_path):
         (["{folder}", "--export", "{folder}/x"], "no checkpoint in"),
     ],
 )
-def test_what_cannot_be_done(words, message, imported, tmp_path):
+def test_what_cannot_be_done(words, message, imported, tmp_path, monkeypatch, capsys):
     words = [word.format(folder=tmp_path, run=imported[0]) for word in words]
-    done = command(*words)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert message in done.stderr
+    monkeypatch.setattr(sys, "argv", ["pretrained", *words])
+    assert main() == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

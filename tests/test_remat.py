@@ -57,7 +57,7 @@ def test_values_and_gradients_are_the_same(name):
             assert_trees_close(quick_jit(gradient(changed))(variables, tokens), plain, 1e-10)
 
 
-@mostly_slow(MODELS, fast=["BSWA", "FAM"])
+@mostly_slow(MODELS, fast=["BSWA"])
 def test_the_less_is_kept_the_more_is_computed_again(name):
     memory, operations = [], []
     for remat in ("none", "dots", "attention", "full"):

@@ -42,7 +42,22 @@ def carried(state):
     return np.moveaxis(state.fam, 1, 0) if state.summaries is None else np.asarray(state.summaries)
 
 
-@pytest.mark.parametrize("name", ALL)
+@mostly_slow(
+    ALL,
+    fast=(
+        "no feed-forward",
+        "prefix",
+        "three FAM",
+        "one layer of three",
+        "two FAM, no segments, absolute, fractional",
+        "summary",
+        "summary, all that pretrained models have",
+        "feedback",
+        "rmt",
+        "rmt, a segment, absolute, parallel",
+        "autocompressor",
+    ),
+)
 def test_equals_the_loop(name):
     config = ALL[name]
     params = params_of(config)
@@ -62,7 +77,7 @@ def test_the_references_agree_where_both_apply():
     )
 
 
-@mostly_slow(KINDS, fast=("three FAM", "feedback", "autocompressor"))
+@mostly_slow(KINDS, fast=("feedback",))
 def test_splits_equal_one_call(name):
     """Token by token, and by calls shorter and longer than a block that end in an open block: logits and state."""
     config = KINDS[name]
@@ -80,7 +95,7 @@ def test_splits_equal_one_call(name):
         assert jax.tree.map(jnp.shape, state) == shapes
 
 
-@pytest.mark.parametrize("name", KINDS)
+@mostly_slow(KINDS, fast=("summary", "feedback", "rmt", "autocompressor"))
 def test_ragged_rows_and_document_starts(name):
     """Rows of other lengths, a document that starts inside of a call, and one that drops an open block."""
     config = KINDS[name]
@@ -99,7 +114,7 @@ def test_ragged_rows_and_document_starts(name):
     np.testing.assert_array_equal(second.state.blocks, [3, 2])
 
 
-@mostly_slow(KINDS, fast=("prefix", "one layer of three", "summary", "rmt"))
+@mostly_slow(KINDS, fast=("prefix", "rmt"))
 def test_gradients_equal_finite_differences_of_the_loop(name):
     config = KINDS[name]
     params, direction = params_of(config), random_params(config, seed=5)
@@ -122,9 +137,7 @@ def test_gradients_equal_finite_differences_of_the_loop(name):
         assert np.any(leaf != 0), f"no gradient reaches {jax.tree_util.keystr(path)}"
 
 
-@mostly_slow(
-    ["no feed-forward", "prefix", "three FAM", "one layer of three", "summary"], fast=("no feed-forward", "summary")
-)
+@mostly_slow(["no feed-forward", "prefix", "three FAM", "one layer of three", "summary"], fast=("no feed-forward",))
 def test_both_schedules_agree_in_values_and_gradients(name):
     """With a state passed, and the randomness of training."""
     config = dataclasses.replace(KINDS[name], memory=dataclasses.replace(KINDS[name].memory, noise=0.1, clip=2.0))
@@ -149,7 +162,7 @@ def test_both_schedules_agree_in_values_and_gradients(name):
         assert_trees_close(results(schedule="layer", remat="full", scan_layers=False), want, 1e-10)
 
 
-@pytest.mark.parametrize("name", ["feedback", "rmt"])
+@mostly_slow(["feedback", "rmt"], fast=("feedback",))
 def test_unrolled_layers_and_remat_change_nothing(name):
     config = KINDS[name]
     params = params_of(config)
@@ -179,7 +192,13 @@ def test_token_by_token_with_more_rows_than_layers(kind):
 
 
 @pytest.mark.parametrize(
-    ("name", "split"), [("three FAM", B + 2), ("three FAM", B - 1), ("feedback", B - 1), ("rmt", 2 * B)]
+    ("name", "split"),
+    [
+        pytest.param("three FAM", B + 2, marks=pytest.mark.slow),
+        ("feedback", B - 1),
+        pytest.param("three FAM", B - 1, marks=pytest.mark.slow),
+        pytest.param("rmt", 2 * B, marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_flow_through_a_passed_state(name, split):
     """The gradient of two calls, split inside a block or at its edge, is the gradient of one."""
@@ -207,7 +226,7 @@ def test_gradients_flow_through_a_passed_state(name, split):
 REACH = {name: dataclasses.replace(config, tie_embeddings=False, vocab_size=T) for name, config in KINDS.items()}
 
 
-@pytest.mark.parametrize("name", REACH)
+@mostly_slow(KINDS, fast=("feedback", "autocompressor"))
 def test_every_token_reads_all_of_its_past_and_nothing_else(name):
     """Exactly zero gradients above the diagonal, and none below it."""
     config = REACH[name]
@@ -229,7 +248,7 @@ def test_every_token_reads_all_of_its_past_and_nothing_else(name):
         np.testing.assert_array_equal(reads, expected)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@mostly_slow(KINDS, fast=("summary", "rmt"))
 def test_changing_a_token_leaves_every_earlier_logit_bit_for_bit(name):
     config = KINDS[name]
     params, run = params_of(config), runner(config)
@@ -286,7 +305,7 @@ def test_mixing_layers_in_any_split(kind, mixing):
     np.testing.assert_array_equal(run(params, changed).logits[:, :-1], whole.logits[:, :-1])
 
 
-@pytest.mark.parametrize("name", ["three FAM", "summary", "feedback", "autocompressor"])
+@mostly_slow(["three FAM", "summary", "feedback", "autocompressor"], fast=("three FAM", "autocompressor"))
 def test_rows_and_generation(name):
     """A state's rows can be taken apart, and text goes on from it as from its tokens."""
     config = KINDS[name]
@@ -328,8 +347,10 @@ def test_only_the_layers_that_are_named_have_a_fam():
     assert_close(runner(everywhere)(params, TOKENS).logits, runner(fam_config())(params, TOKENS).logits)
 
 
-@pytest.mark.parametrize("name", ["summary", "feedback", "rmt", "autocompressor"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+@mostly_slow(["summary", "feedback", "rmt", "autocompressor"], fast=("summary", "rmt"))
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [pytest.param("float32", 1e-5, marks=pytest.mark.slow), ("bfloat16", 2e-2)]
+)
 def test_lower_precisions_stay_within_their_tolerance(name, dtype, tolerance):
     """With the model's own initial weights: larger ones amplify rounding beyond what the tolerance is for."""
     config = dataclasses.replace(KINDS[name], dtype=dtype, param_dtype="float32")

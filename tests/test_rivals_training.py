@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import optax
 from reference import mostly_slow
-from train_helpers import tiny, with_model
+from train_helpers import first_state, tiny, with_model
 
-from experiments.step import create_state, make_train_step
+from experiments.step import make_train_step
 from fam_jax import Decoder, MemoryConfig
 
 MEMORIES = {
@@ -22,7 +22,7 @@ MEMORIES = {
 }
 
 
-@mostly_slow(MEMORIES, fast=("feedback", "autocompressor"))
+@mostly_slow(MEMORIES, fast=("autocompressor",))
 def test_steps_train_and_parts_add_up(tmp_path, name):
     memory = MEMORIES[name]
     start = {"variants": "fam_prefix", "feedback": "embed"}.get(name, "fam_prompt")
@@ -32,7 +32,7 @@ def test_steps_train_and_parts_add_up(tmp_path, name):
     for parts in (1, 2):
         config = dataclasses.replace(base, accumulate=parts)
         model, optimizer = Decoder(config.model), optax.adam(1e-2)
-        state = create_state(config, model, optimizer)
+        state = first_state(config, model, optimizer)
         step = make_train_step(config, model, optimizer, lambda step: 0.1)
         ids, losses, reached = np.random.default_rng(0).integers(0, 256, (2, 33)), [], 0.0
         for number in range(6):

@@ -21,7 +21,7 @@ print(hashlib.sha256(jax.jit(jax.grad(loss)).lower(params).as_text().encode()).h
 """
 
 
-@pytest.mark.parametrize("backward", ["write_once", "rebuild"])
+@pytest.mark.parametrize("backward", ["write_once", pytest.param("rebuild", marks=pytest.mark.slow)])
 def test_hash_seeds_do_not_change_the_program(backward):
     processes = [
         subprocess.Popen(

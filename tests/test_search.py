@@ -34,23 +34,23 @@ def set_accuracy(options, key, accuracy):
 
 def test_the_best_rate_is_what_a_comparison_trains_at(options, compile_cache, monkeypatch, capsys):
     before = rates()
+    options = dataclasses.replace(options, arms=("LIMe",))
     search.run("arithmetic", options)
-    for key, accuracy in (("baseline-x0.5", 0.5), ("baseline-x1", 0.2), ("baseline-x2", 0.4)):
-        set_accuracy(options, key, accuracy)
-    for key in ("LIMe-x0.5", "LIMe-x1", "LIMe-x2"):
-        set_accuracy(options, key, 0.3)
     monkeypatch.setattr(ablate, "train", lambda config: pytest.fail("a finished run was trained again"))
-    table = search.run("arithmetic", options)
-    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]] == [
-        ["baseline", "**0.500**", "0.200", "0.400"],
-        ["LIMe", "0.300", "**0.300**", "0.300"],  # of equals the rate of the config
-    ]
-    assert rates() == {"baseline": 0.5 * before["baseline"], "LIMe": before["LIMe"]}
+    for accuracies, row, factor in (
+        ((0.3, 0.3, 0.3), ["LIMe", "0.300", "**0.300**", "0.300"], 1.0),  # of equals the rate of the config
+        ((0.5, 0.2, 0.4), ["LIMe", "**0.500**", "0.200", "0.400"], 0.5),
+    ):
+        for key, accuracy in zip(("LIMe-x0.5", "LIMe-x1", "LIMe-x2"), accuracies, strict=True):
+            set_accuracy(options, key, accuracy)
+        (line,) = search.run("arithmetic", options).splitlines()[2:]
+        assert [cell.strip() for cell in line.split("|")[1:-1]] == row
+        assert rates() == before | {"LIMe": factor * before["LIMe"]}
 
     # A search of what the row no longer is does not count.
     changed = {arm: dataclasses.replace(config, steps=7) for arm, config in tiny_arms("cpu").items()}
     monkeypatch.setattr(arithmetic, "arms", lambda size: changed)
-    with pytest.raises(ValueError, match=r"baseline-x0\.5\.json was measured with other settings than baseline"):
+    with pytest.raises(ValueError, match=r"LIMe-x0\.5\.json was measured with other settings than LIMe"):
         rates()
 
 

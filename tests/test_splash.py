@@ -64,7 +64,7 @@ CASES = {
 }
 
 
-@mostly_slow(CASES, fast=("full", "fam", "fam with LIMe, computed again"))
+@mostly_slow(CASES, fast=("full", "fam"))
 def test_values_and_gradients_are_the_references(name):
     config = CASES[name]
     want = everything(dataclasses.replace(config, attention="xla"))

@@ -20,7 +20,8 @@ from experiments.train import train
 pytestmark = pytest.mark.usefixtures("compile_cache")
 
 
-@pytest.mark.parametrize("mode", ["stream", pytest.param("packed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["stream", "packed"])
 def test_killed_and_started_again(tmp_path, mode):
     straight, killed = (tiny(tmp_path, name, mode) for name in ("straight", "killed"))
     done = train_process(straight)

@@ -30,7 +30,7 @@ def trained(tmp_path_factory):
 
 def begun(folder, name, source, **model):
     """The parameters that a run begins with."""
-    config = with_model(tiny(folder, name, steps=1, init_from=str(folder / source), optim=STILL), **model)
+    config = with_model(tiny(folder, name, steps=0, init_from=str(folder / source)), **model)
     return train(config).state.params
 
 
@@ -67,7 +67,7 @@ def test_fam_of_another_length(trained, capsys, length):
 @pytest.mark.parametrize("token", [None, 3])
 def test_a_new_fam_begins_like_the_token_that_texts_begin_with(trained, tmp_path, token):
     folder, runs = trained
-    config = tiny(folder, tmp_path.name, steps=1, init_from=str(folder / "bswa"), optim=STILL, prompt_token=token)
+    config = tiny(folder, tmp_path.name, steps=0, init_from=str(folder / "bswa"), prompt_token=token)
     prompt = train(config).state.params["fam_prompt"]
     embed = np.asarray(runs["bswa"].state.params["embed"])
     rest = np.asarray(prompt) - (0 if token is None else embed[token])

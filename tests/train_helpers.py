@@ -13,6 +13,7 @@ from pathlib import Path
 import chex
 import jax
 import numpy as np
+import optax
 
 from experiments.checkpoint import Checkpoints, Restored
 from experiments.config import TrainConfig
@@ -20,7 +21,7 @@ from experiments.data import TextData
 from experiments.data.levels import LevelData
 from experiments.metrics import read_metrics
 from experiments.optim import OptimConfig, make_optimizer
-from experiments.step import create_state, make_train_step
+from experiments.step import TrainState, create_state, make_train_step
 from experiments.typed import to_json
 from fam_jax import Decoder, DecoderConfig, MemoryConfig
 
@@ -72,6 +73,11 @@ def plain(tmp_path: Path, name: str = "run", **changes) -> TrainConfig:
     """The cheapest run to compile, for tests of all that is not the memory; equal whatever its steps."""
     optim = OptimConfig(learning_rate=1e-2, schedule="constant")
     return with_model(tiny(tmp_path, name, "packed", **{"optim": optim} | changes), memory=None)
+
+
+def first_state(config: TrainConfig, model: Decoder, optimizer: optax.GradientTransformation) -> TrainState:
+    """As one program: operation by operation it takes several times as long."""
+    return jax.jit(functools.partial(create_state, config, model, optimizer))()
 
 
 def with_model(config: TrainConfig, **changes) -> TrainConfig:
