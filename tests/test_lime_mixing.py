@@ -270,9 +270,12 @@ def test_no_token_reads_a_later_one(name, kind, x64):
         assert np.any(got[:, place] != want[:, place])
 
 
-@mostly_slow(MIXERS, fast=("static_kv", "Hyper-Connections"))
+FORMS = {form: LimeConfig(backward=form) for form in ("push", "pull", "rebuild")}
+
+
+@mostly_slow({**MIXERS, **FORMS}, fast=("static_kv", "Hyper-Connections"))
 def test_splits_equal_one_call(name, x64):
-    config = fam(MIXERS[name])
+    config = fam({**MIXERS, **FORMS}[name])
     want = runner(config)(params_of(config), TOKENS)
     state, got = None, []
     run = runner(config)
