@@ -17,6 +17,7 @@ from experiments.configs import state_tracking
 
 SIZES = ("cpu", "gpu")
 CORE = False
+VERDICT = "FAM and RMT carry a parity over one block's end (0.98, 0.99), and no other arm; none carries S3 or A5"
 
 
 def arms(size: str) -> dict[str, TrainConfig]:
