@@ -14,6 +14,7 @@ from experiments.configs import rewrite
 
 SIZES = ("cpu", "gpu")
 CORE = False
+VERDICT = "hardly learnt in 2,500 steps by memories: of 5 writes static query 0.28, FAM 0.10, RMT 0.02; full 0.10"
 
 
 def arms(size: str) -> dict[str, TrainConfig]:
