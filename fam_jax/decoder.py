@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from fam_jax import lora
+from fam_jax import lora, rivals
 from fam_jax import state as state_lib
 from fam_jax.call import check_call, check_targets
 from fam_jax.config import DecoderConfig
@@ -121,7 +121,9 @@ class Decoder(nn.Module):
             schedule = block_schedule if config.schedule == "block" else layer_schedule
         run = partial(over_blocks, schedule) if spread else schedule
         final = params.get("mixing", {}).get("final", {})
-        x, memory, kept = run(config, mixer, layers, final, x, call.state.layers, plan)
+        memory = call.state.layers if state is not None else rivals.without_missing(call.state.layers, len(plan.index))
+        x, memory, kept = run(config, mixer, layers, final, x, memory, plan)
+        memory = rivals.with_missing(config, memory)
 
         x = x.reshape(batch, -1, config.d_model)
         x = x[:, :time] if layout.target is None else jnp.take_along_axis(x, layout.target[:, :time, None], axis=1)

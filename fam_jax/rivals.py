@@ -27,6 +27,7 @@ from fam_jax.ops import Source, attend, rotate
 from fam_jax.plan import Plan
 from fam_jax.rope import frequencies
 from fam_jax.sharding import constrain
+from fam_jax.state import LayerMemory
 from fam_jax.sublayers import LayerParams, finish, project
 from lime_jax import Depth, Mixer
 from lime_jax.depth import NO_DEPTH
@@ -57,6 +58,21 @@ def begin_block(config: DecoderConfig, prompt: Array, summaries: Array, plan: Pl
     return {"read": summaries.reshape(batch, 1, kept * rows, width), "write": write}
 
 
+def without_missing(memory: LayerMemory, blocks: int) -> LayerMemory:
+    """Without the summaries of more than so many blocks, which a text that begins with the call cannot have."""
+    if memory.summaries is None:
+        return memory
+    return memory._replace(summaries=memory.summaries[:, -blocks:])
+
+
+def with_missing(config: DecoderConfig, memory: LayerMemory) -> LayerMemory:
+    """What `without_missing` has left out, again, as zeros."""
+    if memory.summaries is None or config.memory is None:
+        return memory
+    missing = config.memory.kept_summaries - memory.summaries.shape[1]
+    return memory._replace(summaries=jnp.pad(memory.summaries, ((0, 0), (missing, 0), (0, 0), (0, 0))))
+
+
 def end_block(summaries: Array, written: Array, plan: Plan) -> Array:
     """The summaries [b, s, f, d] after a block, with `written`, M[n] [b, 1, f, d], if the block is complete."""
     moved = jnp.concatenate([summaries[:, 1:], written], axis=1)
@@ -82,7 +98,7 @@ def read(
     """
     memory = config.memory
     assert memory is not None
-    rows = jnp.arange(memory.kept_summaries * memory.fam_length) - memory.kept_summaries * memory.fam_length
+    rows = jnp.arange(carry.shape[2]) - carry.shape[2]
     there = None
     if memory.kind == "autocompressor":
         assert plan.blocks is not None

@@ -24,6 +24,7 @@ from reference import fam_decoder as fam_reference
 from rival_models import ALL, KINDS, VARIANTS, readable, rival
 from rival_reference import block_decoder, rival_decoder
 
+from experiments import flops
 from fam_jax import Decoder, generate
 from lime_jax import DenseFormerConfig, LimeConfig
 
@@ -271,6 +272,19 @@ def test_bounded_summaries_forget_the_oldest():
     assert Decoder(more).init_state(1).summaries.shape[1] == 8
     default = dataclasses.replace(config, memory=dataclasses.replace(config.memory, summaries=None))
     assert Decoder(default).init_state(1).summaries.shape[1] == 260
+
+
+def test_a_text_pays_only_for_summaries_that_it_can_have():
+    """Three of nine, without a state; with one, which may have them, all."""
+    config = rival("autocompressor", {"segments": 0, "summaries": 9})
+    params, run = params_of(config), runner(config)
+    found = run(params, TOKENS[:, : 3 * B])
+    given = run(params, TOKENS[:, : 3 * B], state=Decoder(config).init_state(2))
+    assert_trees_close(found, given, 1e-12)
+    few = dataclasses.replace(config, memory=dataclasses.replace(config.memory, summaries=3))
+    tokens = TOKENS[:, : 3 * B]
+    costs = [flops.count(lambda c=c: Decoder(c).apply({"params": params}, tokens).logits) for c in (config, few)]
+    assert costs[0] == costs[1]
 
 
 # ------------------------------------------------------------------------------------------------------ the rest
