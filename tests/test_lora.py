@@ -250,7 +250,7 @@ def batches(config, count):
             {"lora"},
             marks=pytest.mark.slow,
         ),
-        ("adamw", {"mixing": LimeConfig()}, {}, {"lora", "fam_prompt"}),
+        pytest.param("adamw", {"mixing": LimeConfig()}, {}, {"lora", "fam_prompt"}, marks=pytest.mark.slow),
         ("adafactor", {"mixing": LimeConfig()}, {"train_mixing": True}, {"lora", "fam_prompt", "mixing"}),
     ],
     ids=["FAM", "BSWA in parts", "FAM with LIMe", "FAM with LIMe that trains"],

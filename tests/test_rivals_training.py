@@ -22,7 +22,7 @@ MEMORIES = {
 }
 
 
-@mostly_slow(MEMORIES, fast=("autocompressor",))
+@mostly_slow(MEMORIES, fast=("feedback",))
 def test_steps_train_and_parts_add_up(tmp_path, name):
     memory = MEMORIES[name]
     start = {"variants": "fam_prefix", "feedback": "embed"}.get(name, "fam_prompt")
