@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments import report, results
+from experiments import peers, report, results
 from experiments.arms import Shape, model_config
 from experiments.speed import Cell, build
 from experiments.typed import to_json
@@ -215,10 +215,14 @@ def run(options: Options) -> tuple[results.Result, Path, Path]:
     """Traces, and writes the result.
 
     Raises:
-        ValueError: There is no arm, one is not known or cannot run, or the output folder cannot be made.
+        ValueError: There is no arm, one is not known, of another library, or cannot run, or the output folder cannot be
+            made.
     """
     if not options.arms:
         raise ValueError("arms=() leaves nothing to trace; give at least one")
+    others = [arm for arm in options.arms if peers.is_peer(arm)]
+    if others:
+        raise ValueError(f"arms={others} are of another library, whose parts are not known; leave them out")
     configs = {arm: model_config(options.shape, arm) for arm in options.arms}
     results.make_directory(options.output)
     start = time.perf_counter()

@@ -78,3 +78,4 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "parts.png").exists()
     monkeypatch.setattr(sys, "argv", ["benchmark", "parts", "--arms", "x-transformers"])
     assert benchmark.main() == 2
+    assert "['x-transformers'] are of another library" in capsys.readouterr().err
