@@ -94,7 +94,7 @@ def generate(
     stop = check_ids(stop_tokens, vocab, "stop_tokens")
     if stop.ndim != 1:
         raise ValueError(f"stop_tokens={stop_tokens!r} is not allowed; give a sequence of ids")
-    state = _check_room(model, state, lengths, max_new_tokens)
+    state = _check_room(model, state, lengths, max_new_tokens, time)
 
     return _generate(
         model,
@@ -176,15 +176,15 @@ def _on_host(x: Any) -> np.ndarray:
     return np.asarray(x if here else multihost_utils.process_allgather(x, tiled=True))
 
 
-def _check_room(model: Decoder, state: StreamState | None, lengths: np.ndarray, new: int) -> StreamState:
-    """The state to start from, which fits the model; with full attention, one that is large enough."""
+def _check_room(model: Decoder, state: StreamState | None, lengths: np.ndarray, new: int, time: int) -> StreamState:
+    """The state to start from, which fits the model; with full attention one for all `time` columns, padding too."""
     batch = len(lengths)
     if state is not None:
         check_state(model.config, state, batch)
     if model.config.memory is not None:
         return model.init_state(batch) if state is None else state
     if state is None:
-        return model.init_state(batch, int(lengths.max()) + new)
+        return model.init_state(batch, max(int(lengths.max()) + new, time))
     needed, capacity = int((_on_host(state.offset) + lengths).max()) + new, state.open_k.shape[2]
     if needed > capacity:
         raise ValueError(
