@@ -39,6 +39,7 @@ SCOPES = {
 }
 OTHER = "optimizer"  # what is not of the model
 UNNAMED = "without a name"
+_ORDER = [name for part in (*SCOPES.values(), OTHER, UNNAMED) for name in (part, f"{part}, backward")]
 _HOLDERS = ("while", "conditional", "call", "tuple", "parameter")
 
 
@@ -175,8 +176,7 @@ def measure(arm: str, options: Options) -> dict[str, Any]:
     parts, busy = add_up(events, names(cell.step.as_text()))
     if not parts:
         raise ValueError(f"arms={arm!r}: the profiler saw no operation of the step on {jax.default_backend()}")
-    order = [*SCOPES.values(), OTHER, UNNAMED]
-    ordered = [name for part in order for name in (part, f"{part}, backward") if name in parts]
+    ordered = [name for name in _ORDER if name in parts]
     return {
         "label": arm,
         "seed": 0,
@@ -193,10 +193,9 @@ def measure(arm: str, options: Options) -> dict[str, Any]:
 def table(result: results.Result) -> str:
     """Milliseconds and operations of all parts in Markdown, two columns for each arm."""
     curves = result.values["curves"]
-    every = list(dict.fromkeys(name for curve in curves for name in curve["name"]))
-    order = [name for part in [*SCOPES.values(), OTHER, UNNAMED] for name in (part, f"{part}, backward")]
+    every = {name for curve in curves for name in curve["name"]}
     cells = [["part", *(column for curve in curves for column in (f"{curve['label']}, ms", "operations"))]]
-    for name in sorted(every, key=order.index):
+    for name in sorted(every, key=_ORDER.index):
         line = [name]
         for curve in curves:
             at = curve["name"].index(name) if name in curve["name"] else None
